@@ -1,0 +1,92 @@
+"""One pre-norm transformer block, optionally modulated by the task. N tokens, C width."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny_onn.model.attention import AttentionContext, FullAttention
+from tiny_onn.model.ffn import SwiGLU
+
+
+class TaskFilm(nn.Module):
+    """Scale and shift of a normalised input from the task vector (FiLM, arXiv 1709.07871).
+
+    Linear without bias, zero at the start: an unknown task (zero vector) is never modulated.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, 4 * width, bias=False)
+        nn.init.zeros_(self.project.weight)
+
+    def forward(self, task_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Two (B, 2C) tensors, for attention and the FFN: scale and shift side by side."""
+        return self.project(task_BC).chunk(2, dim=-1)
+
+
+def modulate(x_NC: Tensor, film_B2C: Tensor | None, doc_N: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, with the scale and shift of each token's document."""
+    if film_B2C is None:
+        return x_NC
+    scale_NC, shift_NC = film_B2C.index_select(0, doc_N).chunk(2, dim=-1)
+    return x_NC * (1 + scale_NC) + shift_NC
+
+
+class Block(nn.Module):
+    """``enter`` and ``leave`` are dense per-token mathematics around the attention itself.
+
+    They are the parts that ``compile_parts`` hands to torch.compile (dynamic in N), because
+    attention over ragged documents would be recompiled for every batch.
+    """
+
+    def __init__(
+        self, width: int, attention: FullAttention, ffn: SwiGLU, film: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(width)
+        self.attention = attention
+        self.ffn_norm = nn.RMSNorm(width)
+        self.ffn = ffn
+        self.film = TaskFilm(width) if film else None
+        self.dropout = dropout
+
+    def compile_parts(self) -> None:
+        self.enter = torch.compile(self.enter, dynamic=True)
+        self.leave = torch.compile(self.leave, dynamic=True)
+
+    def enter(
+        self, x_NC: Tensor, film_B2C: Tensor | None, doc_N: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the normalised, modulated input."""
+        return self.attention.project(
+            modulate(self.attention_norm(x_NC), film_B2C, doc_N), cos, sin
+        )
+
+    def leave(
+        self, x_NC: Tensor, attended_NHD: Tensor, film_B2C: Tensor | None, doc_N: Tensor
+    ) -> Tensor:
+        """Both residual updates, once attention is done."""
+        update = self.attention.out(attended_NHD.flatten(1))
+        x_NC = x_NC + F.dropout(update, self.dropout, self.training)
+        update = self.ffn(modulate(self.ffn_norm(x_NC), film_B2C, doc_N))
+        return x_NC + F.dropout(update, self.dropout, self.training)
+
+    def forward(
+        self,
+        x_NC: Tensor,
+        task_BC: Tensor,
+        doc_N: Tensor,
+        context: AttentionContext,
+        rows_M: Tensor | None = None,
+    ) -> Tensor:
+        """x_NC -> (N, C), or (M, C) at ``rows_M``: the last block skips rows nobody reads."""
+        films = (None, None) if self.film is None else self.film(task_BC)
+        q_NHD, k_NKD, v_NKD = self.enter(x_NC, films[0], doc_N, context.cos, context.sin)
+        attended_NHD = self.attention.attend(q_NHD, k_NKD, v_NKD, context)
+        if rows_M is not None:
+            x_NC, attended_NHD, doc_N = (
+                t.index_select(0, rows_M) for t in (x_NC, attended_NHD, doc_N)
+            )
+        return self.leave(x_NC, attended_NHD, films[1], doc_N)

@@ -1,0 +1,116 @@
+"""A trained model as a folder: weights, configuration, task rows, provenance.
+
+``weights.safetensors`` + ``config.yaml`` + ``tasks.json`` + ``provenance.json``. The folder is
+written under a temporary name and renamed; loading unpickles nothing and needs nothing from
+``configs/``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tiny_onn.config.load import dump_config, load_saved_config
+from tiny_onn.config.schema import Config
+from tiny_onn.errors import UserError
+from tiny_onn.files import atomic_dir
+from tiny_onn.model.tiny_onn import TinyONN, build_model
+
+WEIGHTS, CONFIG, TASKS, PROVENANCE = (
+    "weights.safetensors",
+    "config.yaml",
+    "tasks.json",
+    "provenance.json",
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint folder holds; ``task_ids[i]`` owns row i of the task vectors."""
+
+    model: TinyONN
+    config: Config
+    task_ids: tuple[str, ...]
+    provenance: dict[str, Any]
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: TinyONN,
+    config: Config,
+    task_ids: tuple[str, ...],
+    provenance: dict[str, Any],
+) -> None:
+    """Write the folder ``path`` whole, or leave what was there untouched."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with atomic_dir(path) as fresh:
+        save_file(tensors, fresh / WEIGHTS)
+        (fresh / CONFIG).write_text(dump_config(config))
+        (fresh / TASKS).write_text(json.dumps(list(task_ids), indent=0))
+        (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True))
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """``path`` itself, or its ``checkpoint`` sub-folder when ``path`` is a run folder.
+
+    Raises:
+        UserError: neither is a complete checkpoint folder.
+    """
+    path = Path(path)
+    for folder in (path, path / "checkpoint"):
+        if (folder / WEIGHTS).is_file():
+            missing = [n for n in (CONFIG, TASKS, PROVENANCE) if not (folder / n).is_file()]
+            if missing:
+                raise UserError(
+                    f"checkpoint '{folder}' is torn: {', '.join(missing)} missing; "
+                    "train again or choose another folder"
+                )
+            return folder
+    what = "has no weights.safetensors" if path.is_dir() else "does not exist"
+    raise UserError(
+        f"checkpoint '{path}' {what}; expected a run folder written by train.py; "
+        "run python train.py stage=pretrain first"
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"checkpoint file '{path}' is torn ({error}); expected JSON; train again"
+        ) from error
+
+
+def load_model(path: str | Path) -> Loaded:
+    """Read a checkpoint folder (or the run folder that holds it) onto the CPU.
+
+    Raises:
+        UserError: missing, torn, or weights that do not fit its own configuration.
+    """
+    folder = checkpoint_folder(path)
+    config = load_saved_config(folder / CONFIG)
+    task_ids = tuple(_read_json(folder / TASKS))
+    provenance = _read_json(folder / PROVENANCE)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"'{folder / WEIGHTS}' is torn ({error}); expected a safetensors file; train again"
+        ) from error
+    model = build_model(config.model, len(task_ids))
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    got = {k: tuple(v.shape) for k, v in tensors.items()}
+    if got != expected:
+        name = next(k for k in sorted(expected | got) if expected.get(k) != got.get(k))
+        raise UserError(
+            f"checkpoint '{folder}' is of another model: '{name}' has shape {got.get(name)}, "
+            f"its configuration expects {expected.get(name)}; choose the folder train.py wrote"
+        )
+    model.load_state_dict(tensors)
+    return Loaded(model.eval(), config, task_ids, provenance)

@@ -1,0 +1,19 @@
+"""SwiGLU feed-forward network (Shazeer, arXiv 2002.05202). N tokens, C width, F hidden width."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """x_NC -> (silu(x W_gate) * (x W_up)) W_down; W_gate and W_up are one matrix."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        gate_NF, up_NF = self.gate_up(x_NC).chunk(2, dim=-1)
+        return self.down(F.silu(gate_NF) * up_NF)

@@ -1,0 +1,64 @@
+"""Keys and values of the tokens decoded so far, one row a document.
+
+Shapes: B documents, K key/value heads, T capacity in tokens, D head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Per attention call (block and loop) rotated keys and values, (B, K, T, D) each.
+
+    Rows may hold different numbers of tokens (``lengths_B``); ``visible_BT`` masks the rest.
+    """
+
+    def __init__(self, lengths_B: Tensor, capacity: int) -> None:
+        self.lengths_B = lengths_B.clone()
+        self.capacity = capacity
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.task_B = self.view_B = lengths_B
+        self._call = 0
+
+    def fill(self, k_NKD: Tensor, v_NKD: Tensor, doc_N: Tensor, column_N: Tensor) -> None:
+        """Append one attention call's prompt keys and values (packed) to the cache."""
+        for store, packed in ((self.keys, k_NKD), (self.values, v_NKD)):
+            buffer = packed.new_zeros(len(self.lengths_B), self.capacity, *packed.shape[1:])
+            buffer[doc_N, column_N] = packed
+            store.append(buffer.transpose(1, 2).contiguous())
+
+    def start_step(self) -> Tensor:
+        """Begin a decoding step; returns the mask (B, 1, 1, T) of the keys it may see.
+
+        Raises:
+            IndexError: a row's capacity is used up.
+        """
+        if int(self.lengths_B.max()) >= self.capacity:
+            raise IndexError(
+                f"KV cache of {self.capacity} tokens is full; prefill with more max_new_tokens"
+            )
+        self._call = 0
+        column_T = torch.arange(self.capacity, device=self.lengths_B.device)
+        return (column_T[None, :] <= self.lengths_B[:, None])[:, None, None, :]
+
+    def append(self, k_BKD: Tensor, v_BKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Write this step's key and value of the next attention call; returns both buffers."""
+        keys, values = self.keys[self._call], self.values[self._call]
+        self._call += 1
+        row_B = torch.arange(len(self.lengths_B), device=keys.device)
+        keys[row_B, :, self.lengths_B] = k_BKD.to(keys.dtype)
+        values[row_B, :, self.lengths_B] = v_BKD.to(values.dtype)
+        return keys, values
+
+    def finish_step(self) -> None:
+        self.lengths_B += 1
+
+    def keep(self, index_B: Tensor) -> None:
+        """Keep only these rows, in this order (finished documents leave the batch)."""
+        self.lengths_B = self.lengths_B[index_B]
+        self.task_B, self.view_B = self.task_B[index_B], self.view_B[index_B]
+        self.keys = [k[index_B] for k in self.keys]
+        self.values = [v[index_B] for v in self.values]

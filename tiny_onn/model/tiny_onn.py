@@ -1,0 +1,181 @@
+"""The assembled network: embedding, blocks (looped if asked), norm, untied head.
+
+Shapes: N tokens of a packed batch, M rows whose logits are wanted, B documents, C width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiny_onn.config.schema import ModelConfig
+from tiny_onn.errors import UserError
+from tiny_onn.model.attention import AttentionContext, FullAttention
+from tiny_onn.model.block import Block
+from tiny_onn.model.embedding import Embedding
+from tiny_onn.model.ffn import SwiGLU
+from tiny_onn.model.flash_varlen import flash_varlen
+from tiny_onn.model.kv_cache import KVCache
+from tiny_onn.model.packed_attention import (
+    Attend,
+    DocumentSpans,
+    plan_reference,
+    plan_sdpa,
+    plan_varlen,
+    torch_varlen,
+)
+from tiny_onn.model.rope import Rope3D
+from tiny_onn.ops import resolve_attention
+
+
+@dataclass
+class ModelOutput:
+    """logits_MV: float32 (M, V), or the parameters' dtype if wider. routing: sparse statistics."""
+
+    logits_MV: Tensor
+    routing: Any | None = None
+
+
+class TinyONN(nn.Module):
+    """Packed documents in, next-token logits out. Build it with :func:`build_model`."""
+
+    def __init__(self, config: ModelConfig, num_tasks: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_tasks = num_tasks
+        self.embedding = Embedding(config.vocab_size, config.width, num_tasks)
+        self.rope = Rope3D(config.head_width, config.rope_base)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                FullAttention(
+                    config.width,
+                    config.heads,
+                    config.kv_heads,
+                    config.head_width,
+                    config.qk_norm,
+                ),
+                SwiGLU(config.width, config.ffn_width),
+                film=config.task_modulation == "film",
+                dropout=config.dropout,
+            )
+            for _ in range(config.layers)
+        )
+        self.norm = nn.RMSNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.attention_backend = "sdpa"
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal weights of variance 1/fan_in; residual outputs shrunk by the depth."""
+        depth = 2 * self.config.layers * self.config.loops
+        for name, parameter in self.named_parameters():
+            if not name.startswith("blocks.") or parameter.dim() != 2 or "film" in name:
+                continue
+            std = parameter.shape[1] ** -0.5
+            if name.endswith(("attention.out.weight", "ffn.down.weight")):
+                std /= math.sqrt(depth)
+            nn.init.normal_(parameter, std=std)
+        nn.init.zeros_(self.head.weight)
+
+    def use_backend(self, backend: str, device: torch.device | str) -> TinyONN:
+        """Decide the attention back-end for ``device`` (see :mod:`tiny_onn.ops`)."""
+        self.attention_backend = resolve_attention(backend, device)
+        return self
+
+    def plan_attention(self, batch: Any) -> Attend:
+        """How this batch's documents attend, by the chosen back-end."""
+        layout = batch.layout
+        causal = self.config.mask == "causal"
+        prefix_lens_B = torch.zeros_like(layout.prefix_lens) if causal else layout.prefix_lens
+        lengths = layout.lengths
+        prefixes = (0,) * len(lengths) if causal else layout.prefixes
+        spans = DocumentSpans(layout.cu_seqlens, prefix_lens_B, lengths, prefixes)
+        if self.attention_backend == "reference":
+            return plan_reference(spans)
+        if self.attention_backend == "sdpa":
+            return plan_sdpa(spans)
+        varlen = flash_varlen() if self.attention_backend == "flash" else torch_varlen()
+        return plan_varlen(spans, varlen)
+
+    def hidden(
+        self, batch: Any, rows_M: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Last hidden states of a packed batch at ``rows_M`` (default all N), before the norm."""
+        layout = batch.layout
+        cos, sin = self.rope(batch.positions_N3)
+        context = AttentionContext(cos, sin, attend=self.plan_attention(batch))
+        if cache is not None:
+            context.cache, context.doc_N = cache, layout.doc_N
+            begin_B = layout.cu_seqlens[:-1].long()
+            context.column_N = (
+                torch.arange(len(layout.doc_N), device=begin_B.device) - begin_B[layout.doc_N]
+            )
+        x_NC, task_BC = self.embedding(batch.tokens_N, layout.doc_N, batch.task_B, batch.view_B)
+        *earlier, last = list(self.blocks) * self.config.loops
+        for block in earlier:
+            x_NC = block(x_NC, task_BC, layout.doc_N, context)
+        return last(x_NC, task_BC, layout.doc_N, context, rows_M)
+
+    def compile_blocks(self) -> TinyONN:
+        """torch.compile the per-token parts of every block (about 20 s at the first use)."""
+        for block in self.blocks:
+            block.compile_parts()
+        return self
+
+    def logits(self, x_MC: Tensor) -> Tensor:
+        logits_MV = self.head(self.norm(x_MC))
+        return logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
+
+    def forward(self, batch: Any, rows_M: Tensor | None = None) -> ModelOutput:
+        """Next-token logits at ``rows_M`` of the packed batch (all N rows by default)."""
+        return ModelOutput(self.logits(self.hidden(batch, rows_M)))
+
+    @torch.no_grad()
+    def prefill(self, batch: Any, max_new_tokens: int) -> tuple[Tensor, KVCache]:
+        """Run packed prompts once; returns (logits_BV of each last token, cache).
+
+        The cache has room for ``max_new_tokens`` more tokens of every document.
+        """
+        lengths_B = batch.layout.cu_seqlens.diff().long()
+        cache = KVCache(lengths_B, batch.layout.max_seqlen + max_new_tokens)
+        cache.task_B, cache.view_B = batch.task_B, batch.view_B
+        last_B = batch.layout.cu_seqlens[1:].long() - 1
+        return self.logits(self.hidden(batch, last_B, cache)), cache
+
+    @torch.no_grad()
+    def step(self, tokens_B: Tensor, positions_B3: Tensor, cache: KVCache) -> Tensor:
+        """Feed one token to every row of the cache; returns the next token's logits_BV."""
+        cos, sin = self.rope(positions_B3)
+        visible_B11T = cache.start_step()
+        context = AttentionContext(cos, sin, cache=cache, visible_B11T=visible_B11T)
+        doc_B = torch.arange(len(tokens_B), device=tokens_B.device)
+        x_BC, task_BC = self.embedding(tokens_B, doc_B, cache.task_B, cache.view_B)
+        for _ in range(self.config.loops):
+            for block in self.blocks:
+                x_BC = block(x_BC, task_BC, doc_B, context)
+        cache.finish_step()
+        return self.logits(x_BC)
+
+
+def build_model(config: ModelConfig, num_tasks: int) -> TinyONN:
+    """The network ``config`` describes, with ``num_tasks`` task vectors, on the CPU.
+
+    Raises:
+        UserError: impossible widths or head counts.
+    """
+    if config.heads % config.kv_heads:
+        raise UserError(
+            f"model.kv_heads={config.kv_heads} does not divide model.heads={config.heads}; "
+            "choose a divisor"
+        )
+    if config.head_width % 2 or config.head_width < 8:
+        raise UserError(
+            f"model.head_width={config.head_width}; expected an even number of at least 8"
+        )
+    return TinyONN(config, num_tasks)

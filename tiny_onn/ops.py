@@ -1,0 +1,68 @@
+"""Decides once, when a model is built, which implementation of each operation runs.
+
+``auto`` picks the fastest that the device has and logs it; a name that cannot run here raises
+BackendUnavailable with the remedy. Nothing falls back per call. Kernels of the sparse paths
+(package ``tiny_onn_kernels``) are resolved here too, and imported nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import torch
+
+from tiny_onn.errors import BackendUnavailable
+
+log = logging.getLogger("tiny_onn")
+
+ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
+
+
+def _has_torch_varlen() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def _has_flash() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def resolve_attention(backend: str, device: torch.device | str) -> str:
+    """Name of the attention back-end for ``device``.
+
+    Args:
+        backend: "auto" or one of ATTENTION_BACKENDS.
+        device: where the model will run.
+
+    Raises:
+        BackendUnavailable: an explicit choice that cannot run on ``device``.
+    """
+    device = torch.device(device)
+    if backend == "auto":
+        if device.type == "cuda":
+            chosen = "flash" if _has_flash() else "varlen" if _has_torch_varlen() else "sdpa"
+        else:
+            chosen = "sdpa"
+        log.info("ops: attention=%s (auto, %s)", chosen, device.type)
+        return chosen
+    if backend in ("flash", "varlen") and device.type != "cuda":
+        raise BackendUnavailable(
+            f"ops.backend={backend} needs a CUDA device, got {device.type}; "
+            "use ops.backend=auto, sdpa or reference"
+        )
+    if backend == "flash" and not _has_flash():
+        raise BackendUnavailable(
+            "ops.backend=flash needs the package flash-attn, which is not installed; "
+            "pip install flash-attn, or use ops.backend=varlen"
+        )
+    if backend == "varlen" and not _has_torch_varlen():
+        raise BackendUnavailable(
+            f"ops.backend=varlen needs torch >= 2.10, got {torch.__version__}; "
+            "upgrade torch, or use ops.backend=sdpa"
+        )
+    if backend not in ATTENTION_BACKENDS:
+        raise BackendUnavailable(
+            f"unknown ops.backend '{backend}'; expected auto or one of {ATTENTION_BACKENDS}"
+        )
+    log.info("ops: attention=%s (asked for, %s)", backend, device.type)
+    return backend
