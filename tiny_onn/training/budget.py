@@ -1,0 +1,142 @@
+"""How long to train: a budget in minutes, epochs or steps, and the schedule that follows it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+
+from tiny_onn.config.schema import BudgetConfig, OptimConfig
+from tiny_onn.errors import UserError
+
+
+def check_budget(config: BudgetConfig) -> None:
+    """Exactly one positive budget.
+
+    Raises:
+        UserError: none, several, zero or negative.
+    """
+    given = {
+        name: value
+        for name in ("minutes", "epochs", "steps")
+        if (value := getattr(config, name)) is not None
+    }
+    if len(given) != 1:
+        got = ", ".join(f"budget.{k}={v}" for k, v in given.items()) or "no budget"
+        raise UserError(
+            f"got {got}; expected exactly one of budget.minutes, budget.epochs, budget.steps; "
+            "set one and leave the others null"
+        )
+    ((name, value),) = given.items()
+    if not 0 < value < float("inf"):
+        raise UserError(f"got budget.{name}={value}; expected a number above 0; give more")
+
+
+def check_schedule(optim: OptimConfig) -> None:
+    """Warm-up and decay shares that fit into one run.
+
+    Raises:
+        UserError: shares outside [0, 1] or overlapping.
+    """
+    for name in ("warmup_share", "decay_share", "final_lr_share"):
+        value = getattr(optim, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"got optim.{name}={value}; expected 0 to 1; change it")
+    if optim.warmup_share + optim.decay_share > 1:
+        raise UserError(
+            f"optim.warmup_share={optim.warmup_share} and optim.decay_share={optim.decay_share} "
+            "add up to more than 1; lower one of them"
+        )
+
+
+def lr_scale(share: float, optim: OptimConfig) -> float:
+    """Warm-up, stable, linear decay (WSD), as a factor of the peak learning rate.
+
+    Args:
+        share: share of the budget spent, 0 to 1 (clamped).
+    """
+    share = min(max(share, 0.0), 1.0)
+    if share < optim.warmup_share:
+        return share / optim.warmup_share
+    left = 1.0 - share
+    if left >= optim.decay_share:
+        return 1.0
+    return optim.final_lr_share + (1 - optim.final_lr_share) * left / optim.decay_share
+
+
+class Budget:
+    """Says how far training is and when it ends.
+
+    With minutes, everything since ``started`` counts (start-up too) and the length of the next
+    step is predicted by the median of the last ones, so that the last step completes the decay
+    and ends nearest to the deadline. With steps, only the number of steps counts, so that a
+    resumed run repeats an undisturbed one exactly.
+
+    Args:
+        minutes, steps: exactly one is not None.
+        started: ``clock()`` when the training command began.
+        spent: seconds used by earlier parts of a resumed run.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        minutes: float | None = None,
+        steps: int | None = None,
+        started: float | None = None,
+        spent: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        assert (minutes is None) != (steps is None), (minutes, steps)
+        self.seconds = None if minutes is None else 60.0 * minutes
+        self.steps = steps
+        self._clock = clock
+        self._started = clock() if started is None else started
+        self._spent = spent
+        self._recent: deque[float] = deque(maxlen=9)
+        self._mark: float | None = None
+        self.reserve = 0.0
+        """Seconds kept for saving after the last step (minutes only)."""
+
+    def elapsed(self) -> float:
+        """Seconds of training wall clock, earlier parts of a resumed run included."""
+        return self._spent + self._clock() - self._started
+
+    def begin_step(self) -> None:
+        self._mark = self._clock()
+
+    def end_step(self) -> None:
+        if self._mark is not None:
+            self._recent.append(self._clock() - self._mark)
+        self._mark = None
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted length of the next step; 0 before the first."""
+        return median(self._recent) if self._recent else 0.0
+
+    def share(self, elapsed: float, step: int, step_seconds: float | None = None) -> float:
+        """Share of the budget at the middle of step number ``step`` (from 0) that begins now."""
+        if self.steps is not None:
+            return min(1.0, (step + 0.5) / self.steps)
+        assert self.seconds is not None
+        end = max(self.seconds - self.reserve, 1e-9)
+        ahead = self.step_seconds if step_seconds is None else step_seconds
+        return min(1.0, (elapsed + ahead / 2) / end)
+
+    def done(self, elapsed: float, step: int, step_seconds: float | None = None) -> bool:
+        """Whether to stop before step number ``step``."""
+        if self.steps is not None:
+            return step >= self.steps
+        assert self.seconds is not None
+        ahead = self.step_seconds if step_seconds is None else step_seconds
+        return elapsed + ahead / 2 >= self.seconds - self.reserve
+
+    def seconds_left(self, elapsed: float, step: int) -> float | None:
+        """Estimated seconds to the end; None before anything was measured."""
+        if self.seconds is not None:
+            return max(0.0, self.seconds - elapsed)
+        if not self._recent or self.steps is None:
+            return None
+        return max(0, self.steps - step) * self.step_seconds

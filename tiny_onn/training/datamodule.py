@@ -1,0 +1,151 @@
+"""The endless stream of training batches, from any step on.
+
+Shapes: N packed tokens, M rows with a target, B documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tiny_onn.arc.packing import Batch
+from tiny_onn.arc.tokens import IGNORE
+
+
+class Epochs(Protocol):
+    """What the stream needs of :class:`tiny_onn.arc.dataset.EpochBatches`."""
+
+    def num_batches(self, epoch: int) -> int: ...
+
+    def batch(self, epoch: int, index: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """A packed batch and what the loader can work out before the accelerator needs it.
+
+    rows_M, targets_M: int64, the rows that carry a target and their targets. visible_pairs:
+    query-key pairs that attention looks at. step: number of the step (from 0) it is for.
+    """
+
+    batch: Batch
+    rows_M: Tensor
+    targets_M: Tensor
+    num_tokens: int
+    visible_pairs: int
+    step: int
+
+    def to(self, device: torch.device) -> TrainBatch:
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            rows_M=self.rows_M.to(device, non_blocking=True),
+            targets_M=self.targets_M.to(device, non_blocking=True),
+        )
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.targets_M)
+
+
+def prepare(batch: Batch, step: int, causal: bool = False) -> TrainBatch:
+    """Rows, targets and counts of ``batch``."""
+    rows_M = (batch.targets_N != IGNORE).nonzero().squeeze(1)
+    layout = batch.layout
+    length_B = layout.cu_seqlens.diff().long()
+    prefix_B = torch.zeros_like(length_B) if causal else layout.prefix_lens.clamp(max=length_B)
+    pairs_B = prefix_B**2 + (length_B * (length_B + 1) - prefix_B * (prefix_B + 1)) // 2
+    return TrainBatch(
+        batch=batch,
+        rows_M=rows_M,
+        targets_M=batch.targets_N[rows_M],
+        num_tokens=len(batch.tokens_N),
+        visible_pairs=int(pairs_B.sum()),
+        step=step,
+    )
+
+
+class Positions:
+    """Which (epoch, batch) each step reads: epoch after epoch, each with its own length."""
+
+    def __init__(self, num_batches: Callable[[int], int]) -> None:
+        self._num_batches = num_batches
+        self._ends: list[int] = []
+
+    def _end(self, epoch: int) -> int:
+        while len(self._ends) <= epoch:
+            start = self._ends[-1] if self._ends else 0
+            self._ends.append(start + self._num_batches(len(self._ends)))
+        return self._ends[epoch]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch, index in the epoch) of step number ``step``."""
+        epoch = 0
+        while self._end(epoch) <= step:
+            epoch += 1
+        return epoch, step - (self._end(epoch - 1) if epoch else 0)
+
+    def steps(self, epochs: float) -> int:
+        """Steps in the first ``epochs`` epochs; a fraction of the last one counts, at least 1."""
+        whole = int(epochs)
+        start = self._end(whole - 1) if whole else 0
+        fraction = epochs - whole
+        if fraction:
+            start += round(fraction * (self._end(whole) - start))
+        return max(1, start)
+
+
+class StepStream(IterableDataset):
+    """Batches of steps ``first``, ``first + 1``, ...; worker w of W makes every W-th one.
+
+    A data loader asks its workers in turn, so the order is that of a single process.
+    """
+
+    def __init__(self, epochs: Epochs, first: int = 0, causal: bool = False) -> None:
+        self.epochs, self.first, self.causal = epochs, first, causal
+        self.positions = Positions(epochs.num_batches)
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        worker = get_worker_info()
+        step, stride = self.first, 1
+        if worker is not None:
+            step, stride = self.first + worker.id, worker.num_workers
+        while True:
+            yield prepare(self.epochs.batch(*self.positions.locate(step)), step, self.causal)
+            step += stride
+
+
+class PretrainData(L.LightningDataModule):
+    """Hands the stream to Lightning. ``make_epochs(rank, world)`` is called when both are known."""
+
+    def __init__(
+        self,
+        make_epochs: Callable[[int, int], Epochs],
+        first_step: int = 0,
+        workers: int = 0,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        self._make_epochs = make_epochs
+        self._first_step, self._workers, self._causal = first_step, workers, causal
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        epochs = self._make_epochs(self.trainer.global_rank, self.trainer.world_size)
+        return DataLoader(
+            StepStream(epochs, self._first_step, self._causal),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=4 if self._workers else None,
+        )
+
+    def transfer_batch_to_device(
+        self, batch: TrainBatch, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        return batch if device.type == "cpu" else batch.to(device)

@@ -1,0 +1,344 @@
+"""The callback that steers a run: budget, schedule, checkpoints, hold-outs, log lines, the end.
+
+Lightning runs the fit loop; this decides between its steps. All processes take every decision
+alike: what only one of them knows (its clock, a signal) goes through the StepChannel.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from tiny_onn.config.schema import Config
+from tiny_onn.errors import UserError
+from tiny_onn.training.budget import Budget, lr_scale
+from tiny_onn.training.datamodule import TrainBatch
+from tiny_onn.training.distributed import StepChannel
+from tiny_onn.training.ema import WeightEma
+from tiny_onn.training.optim import MuonAdamW
+from tiny_onn.training.pretrain import Pretrain
+from tiny_onn.training.progress import ProgressLine
+from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
+from tiny_onn.training.signals import StopSignals
+
+
+@dataclass
+class RunTotals:
+    """What a run has done so far, over all processes; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    targets: int = 0
+    visible_pairs: int = 0
+    documents: int = 0
+    seconds: float = 0.0
+    next_holdout: int = 1
+    """Number of the next hold-out measurement, in units of trainer.holdout_share."""
+
+
+class LossMonitor:
+    """Mean loss and the first step that was not finite, without waiting for the accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._count = 0
+
+    def add(self, step: int, loss: Tensor) -> None:
+        self._sum += loss
+        self._count += 1
+        bad = (self._first_bad < 0) & ~torch.isfinite(loss)
+        self._first_bad = torch.where(bad, step, self._first_bad)
+
+    def first_bad(self) -> int:
+        """Step number, or -1. Waits for the accelerator."""
+        return int(self._first_bad)
+
+    def take_mean(self) -> float:
+        """Mean since the last call. Waits for the accelerator."""
+        mean = float(self._sum) / max(1, self._count)
+        self._sum.zero_()
+        self._count = 0
+        return mean
+
+
+class RunLoop(L.Callback):
+    """Args:
+    config: the run's.
+    budget: decides share and end.
+    signals: stop requests.
+    identity: entries of the resume file that tell whose it is (config, data).
+    restored: our entries of the resume file to go on from.
+    holdout: measures the hold-out with the weights that the model holds; None for no hold-out.
+    finish: takes the final weights (averaged, full, on the CPU) in the first process.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        budget: Budget,
+        signals: StopSignals,
+        progress: ProgressLine,
+        identity: dict[str, Any],
+        restored: dict[str, Any] | None = None,
+        holdout: Callable[[], dict[str, float]] | None = None,
+        finish: Callable[[dict[str, Tensor]], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.budget = budget
+        self.signals = signals
+        self.progress = progress
+        self.identity = identity
+        self.holdout = holdout
+        self.finish = finish
+        self.final_holdout: dict[str, float] | None = None
+        self.facts: dict[str, Any] = {}
+        self.totals = RunTotals(**restored["totals"]) if restored else RunTotals()
+        self.ema: WeightEma | None = None
+        self.saved_step = self.totals.step if restored else None
+        self.stopped_by: int | None = None
+        self.loss: float | None = None
+        self._restored_ema = restored["ema"] if restored else None
+        self._folder = Path(config.out)
+
+    # Lightning's hooks, in the order in which they run.
+
+    def on_fit_start(self, trainer: L.Trainer, module: Pretrain) -> None:
+        self.channel = StepChannel()
+        self.monitor = LossMonitor(module.device)
+        self._check_every = (
+            1 if module.device.type == "cpu" else self.config.trainer.log_every_steps
+        )
+
+    def on_train_start(self, trainer: L.Trainer, module: Pretrain) -> None:
+        if self.config.optim.ema_decay > 0:
+            self.ema = WeightEma(module.model, self.config.optim.ema_decay)
+            if self._restored_ema is not None:
+                self.ema.load_state_dict(self._restored_ema)
+        self._restored_ema = None
+        self.signals.install()
+        self.signals.deferred = True
+        self._window = (time.monotonic(), self.totals.tokens)
+        self._last_save = time.monotonic()
+        self._prepare_next_step(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: Pretrain, batch: TrainBatch, index: int
+    ) -> None:
+        assert batch.step == self.totals.step, (batch.step, self.totals.step)
+        counts = self.channel.gather(
+            batch.num_targets, batch.num_tokens, batch.visible_pairs, len(batch.batch.task_B)
+        )
+        targets, tokens, pairs, documents = (int(n) for n in counts.sum(dim=0))
+        module.global_targets = targets
+        self.totals.targets += targets
+        self.totals.tokens += tokens
+        self.totals.visible_pairs += pairs
+        self.totals.documents += documents
+        # Dropout draws from a stream of its own for every step and process, so a resumed run
+        # needs no saved generator state.
+        torch.manual_seed(step_seed(self.config.seed, batch.step, trainer.global_rank))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: Pretrain, outputs: Any, batch: TrainBatch, index: int
+    ) -> None:
+        step = self.totals.step
+        self.totals.step = step + 1
+        self.monitor.add(step, outputs["loss"].detach())
+        if self.ema is not None:
+            self.ema.update()
+        if self.totals.step % self._check_every == 0:
+            self._require_finite_loss()
+        self.budget.end_step()
+        if self.totals.step % self.config.trainer.log_every_steps == 0:
+            self._log(trainer, module)
+        elif self.progress.due():
+            self._show(trainer)
+        self._prepare_next_step(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: Pretrain, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[STATE_KEY] = {
+            **self.identity,
+            "totals": asdict(self.totals),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def on_train_end(self, trainer: L.Trainer, module: Pretrain) -> None:
+        self.progress.close()
+        if self.stopped_by is not None:
+            return
+        with self._averaged():
+            weights = {k: _whole(v.detach()).cpu() for k, v in module.model.state_dict().items()}
+        if trainer.is_global_zero and self.finish is not None:
+            self.finish(weights)
+        if self.holdout is not None:
+            self.final_holdout = self.measure_holdout(trainer)
+
+    # Between two steps.
+
+    def _prepare_next_step(self, trainer: L.Trainer) -> None:
+        """Stop, checkpoint, measure, then set the learning rate; begins the step's clock."""
+        mine = (
+            self.budget.elapsed(),
+            self.budget.step_seconds,
+            time.monotonic() - self._last_save,
+            float(self.signals.received or 0),
+        )
+        rows = self.channel.gather(*mine)
+        elapsed, step_seconds, since_save, _ = rows[0].tolist()
+        signum = int(rows[:, 3].max())
+        self.totals.seconds = elapsed
+        done = self.budget.done(elapsed, self.totals.step, step_seconds)
+        if done or signum:
+            self.stopped_by = signum if not done else None
+            trainer.should_stop = True
+            if self.totals.step != self.saved_step:
+                self.save(trainer)
+            return
+        self._maybe_measure_holdout(trainer, elapsed)
+        if self._save_due(since_save):
+            self.save(trainer)
+        share = self.budget.share(elapsed, self.totals.step, step_seconds)
+        optimizer: MuonAdamW = trainer.optimizers[0]
+        optimizer.set_lr_scale(lr_scale(share, self.config.optim))
+        self.budget.begin_step()
+
+    def _save_due(self, since_save: float) -> bool:
+        settings = self.config.trainer
+        if self.totals.step == (self.saved_step or 0):
+            return False
+        if settings.checkpoint_steps and self.totals.step % settings.checkpoint_steps == 0:
+            return True
+        return settings.checkpoint_minutes > 0 and since_save >= 60 * settings.checkpoint_minutes
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write the resume file; a failed write is reported and tried again at the next turn."""
+        self._require_finite_loss()
+        self._require_finite_weights(trainer)
+        began = time.monotonic()
+        trainer.save_checkpoint(self._folder / NEWEST)
+        self._last_save = time.monotonic()
+        self.budget.reserve = max(self.budget.reserve, self._last_save - began)
+        files: AtomicCheckpointIO = trainer.strategy.checkpoint_io
+        if not self.channel.any(files.failure is not None):
+            self.saved_step = self.totals.step
+        elif files.failure is not None:
+            kept = "none" if self.saved_step is None else f"that of step {self.saved_step}"
+            self.progress.line(
+                f"warning: cannot write {self._folder / NEWEST} ({files.failure}); "
+                f"the last checkpoint is {kept}; free some space"
+            )
+
+    def _maybe_measure_holdout(self, trainer: L.Trainer, elapsed: float) -> None:
+        every = self.config.trainer.holdout_share
+        if self.holdout is None or every <= 0:
+            return
+        share = self.budget.share(elapsed, self.totals.step)
+        if share < self.totals.next_holdout * every:
+            return
+        self.totals.next_holdout = int(share / every) + 1
+        self.measure_holdout(trainer)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def measure_holdout(self, trainer: L.Trainer) -> dict[str, float]:
+        """Hold-out metrics of the averaged weights (or the live ones), logged and shown."""
+        assert self.holdout is not None
+        with self._averaged():
+            metrics = self.holdout()
+        for logger in trainer.loggers:
+            logger.log_metrics({f"holdout/{k}": v for k, v in metrics.items()}, self.totals.step)
+            logger.save()
+        text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        self.progress.line(f"hold-out at step {self.totals.step}: {text}")
+        return metrics
+
+    # What can go wrong.
+
+    def _require_finite_loss(self) -> None:
+        bad = int(self.channel.gather(float(self.monitor.first_bad())).max())
+        if bad >= 0:
+            raise UserError(f"the loss is not finite at step {bad + 1}; {self._remedy()}")
+
+    def _require_finite_weights(self, trainer: L.Trainer) -> None:
+        parameters = [p.detach() for p in trainer.lightning_module.parameters()]
+        norms = torch.stack([_whole(n) for n in torch._foreach_norm(parameters)])
+        if self.channel.any(not math.isfinite(float(norms.sum()))):
+            raise UserError(
+                f"the weights are not finite after step {self.totals.step}; {self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        kept = (
+            f"the checkpoint of step {self.saved_step} is kept"
+            if self.saved_step
+            else "no checkpoint was written yet"
+        )
+        return (
+            f"expected a finite number; {kept}; lower optim.muon_lr and optim.adamw_lr "
+            "and start again with resume=false"
+        )
+
+    # What is told.
+
+    def _tokens_per_s(self) -> float:
+        since, tokens = self._window
+        return (self.totals.tokens - tokens) / max(time.monotonic() - since, 1e-9)
+
+    def _log(self, trainer: L.Trainer, module: Pretrain) -> None:
+        loss = float(self.channel.gather(self.monitor.take_mean()).mean())
+        self.loss = loss if self.loss is None else 0.7 * self.loss + 0.3 * loss
+        rate = self._tokens_per_s()
+        if trainer.loggers:
+            metrics = {
+                "loss": loss,
+                "lr_scale": self._lr(trainer)[0],
+                "tokens_per_s": rate,
+                "tokens": float(self.totals.tokens),
+                "seconds": self.budget.elapsed(),
+            }
+            if module.grad_norm is not None:
+                metrics["grad_norm"] = float(_whole(module.grad_norm))
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, self.totals.step)
+                logger.save()
+        if self.progress.due():
+            self._show(trainer)
+        self._window = (time.monotonic(), self.totals.tokens)
+
+    def _lr(self, trainer: L.Trainer) -> tuple[float, float]:
+        group = trainer.optimizers[0].param_groups[0]
+        return group["lr"] / group["peak_lr"], group["lr"]
+
+    def _show(self, trainer: L.Trainer) -> None:
+        elapsed, step = self.budget.elapsed(), self.totals.step
+        self.progress.show(
+            share=self.budget.share(elapsed, max(0, step - 1)),
+            step=step,
+            loss=self.loss,
+            tokens_per_s=self._tokens_per_s(),
+            lr=self._lr(trainer)[1],
+            elapsed=elapsed,
+            left=self.budget.seconds_left(elapsed, step),
+        )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of the random numbers of one step in one process."""
+    return (seed * 1_000_003 + step) * 10_007 + rank
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,175 @@
+"""Muon with batched Newton-Schulz: same-shaped matrices are orthogonalised in one bmm.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum-averaged
+gradient of a matrix by its nearest semi-orthogonal matrix, approximated by a quintic iteration
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X,        X_0 = G / ||G||_F .
+
+torch.optim.Muon does this matrix by matrix; small matrices leave a CPU mostly idle, and
+stacking those of one shape is 1.2 to 6 times faster (measured at widths 128 to 256).
+
+Shapes: K stacked matrices, R rows <= C columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+EPS = 1e-7
+
+AdjustLr = Literal["original", "match_rms_adamw"]
+
+
+def orthogonalize(matrices_KRC: Tensor, steps: int = 5) -> Tensor:
+    """Newton-Schulz iteration on a stack of matrices, in the stack's dtype.
+
+    Args:
+        matrices_KRC: (K, R, C) floating point, R <= C for speed (any order is right).
+
+    Returns:
+        (K, R, C); singular values lie in about [0.7, 1.2] for well-conditioned input.
+    """
+    a, b, c = COEFFICIENTS
+    norm_K11 = torch.linalg.vector_norm(matrices_KRC, dim=(-2, -1), keepdim=True)
+    x_KRC = matrices_KRC / norm_K11.clamp(min=EPS)
+    for _ in range(steps):
+        gram = x_KRC @ x_KRC.mT
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x_KRC = torch.baddbmm(x_KRC, poly, x_KRC, beta=a)
+    return x_KRC
+
+
+def lr_adjustment(rows: int, columns: int, adjust: AdjustLr) -> float:
+    """Factor on the learning rate that makes matrices of all shapes move alike.
+
+    original: sqrt(max(1, rows / columns)) (Jordan); match_rms_adamw: 0.2 sqrt(max(rows,
+    columns)) (Liu et al., arXiv 2502.16982: the update's RMS is that of AdamW).
+    """
+    if adjust == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def _whole(update: Tensor) -> Tensor:
+    return update.full_tensor() if isinstance(update, DTensor) else update
+
+
+def _sharded_like(update: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return update
+    # Every rank holds the same full matrix, so each keeps its own part without communication.
+    return distribute_tensor(
+        update, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+@torch.no_grad()
+def muon_update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    ns_steps: int,
+    ns_dtype: torch.dtype,
+    adjust: AdjustLr,
+) -> None:
+    """One Nesterov-momentum Muon step in place on 2-D parameters (FSDP2 shards too)."""
+    torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+    updates = torch._foreach_lerp(gradients, momenta, momentum)
+    stacks: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, parameter in enumerate(parameters):
+        rows, columns = parameter.shape
+        stacks[min(rows, columns), max(rows, columns)].append(i)
+    if weight_decay:
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+    for indices in stacks.values():
+        tall = [parameters[i].shape[0] > parameters[i].shape[1] for i in indices]
+        whole = [_whole(updates[i]) for i in indices]
+        stack_KRC = torch.stack(
+            [u.mT.to(ns_dtype) if t else u.to(ns_dtype) for u, t in zip(whole, tall, strict=True)]
+        )
+        ortho_KRC = orthogonalize(stack_KRC, ns_steps)
+        for i, transpose, ortho in zip(indices, tall, ortho_KRC, strict=True):
+            parameter = parameters[i]
+            step = lr * lr_adjustment(*parameter.shape, adjust)
+            ortho = (ortho.mT if transpose else ortho).to(parameter.dtype)
+            parameter.add_(_sharded_like(ortho, parameter), alpha=-step)
+
+
+def muon_group_step(group: dict[str, Any], state: dict[Tensor, dict[str, Any]]) -> None:
+    """Step those parameters of a Muon group that have a gradient."""
+    parameters = [p for p in group["params"] if p.grad is not None]
+    if not parameters:
+        return
+    for p in parameters:
+        if "momentum_buffer" not in state[p]:
+            state[p]["momentum_buffer"] = torch.zeros_like(p)
+    muon_update(
+        parameters,
+        [p.grad for p in parameters],
+        [state[p]["momentum_buffer"] for p in parameters],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        ns_steps=group["ns_steps"],
+        ns_dtype=group["ns_dtype"],
+        adjust=group["adjust"],
+    )
+
+
+def muon_defaults(
+    lr: float,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    ns_steps: int = 5,
+    ns_dtype: torch.dtype = torch.bfloat16,
+    adjust: AdjustLr = "original",
+) -> dict[str, Any]:
+    """The keys of a Muon parameter group."""
+    return {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "ns_steps": ns_steps,
+        "ns_dtype": ns_dtype,
+        "adjust": adjust,
+    }
+
+
+class BatchedMuon(torch.optim.Optimizer):
+    """torch.optim.Muon's rule (Nesterov momentum, decoupled decay), batched by shape.
+
+    Args:
+        params: 2-D parameters.
+        lr, weight_decay, momentum, ns_steps, adjust: as in torch.optim.Muon, whose
+            ``adjust_lr_fn`` is called ``adjust`` here.
+        ns_dtype: dtype of the iteration; bfloat16 as in the paper, float64 for checks.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:
+        super().__init__(params, muon_defaults(lr, **options))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() != 2:
+                    raise ValueError(f"Muon takes 2-D parameters, got shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            muon_group_step(group, self.state)
+        return loss

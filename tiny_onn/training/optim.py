@@ -1,0 +1,142 @@
+"""Parameter groups, and one optimizer object that runs Muon and AdamW side by side.
+
+One object keeps Lightning's automatic optimization, clipping and checkpoints simple.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from tiny_onn.config.schema import OptimConfig
+from tiny_onn.model.embedding import RowTable
+from tiny_onn.training.muon import muon_defaults, muon_group_step
+
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Each parameter group names its rule in ``kind``: "muon" or "adamw" (fused).
+
+    Groups also carry ``peak_lr``; the schedule writes ``lr``.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            if group["kind"] not in ("muon", "adamw"):
+                raise ValueError(f"unknown kind '{group['kind']}'; expected muon or adamw")
+            group.setdefault("peak_lr", group["lr"])
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                muon_group_step(group, self.state)
+            else:
+                self._adamw_group_step(group)
+        return loss
+
+    def _adamw_group_step(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        for p in parameters:
+            state = self.state[p]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in parameters]
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def set_lr_scale(self, scale: float) -> None:
+        """Set every group's learning rate to ``scale`` times its peak."""
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+
+def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Every parameter in exactly one of: matrices, tables, embeddings, vectors.
+
+    matrices: 2-D weights of the blocks; tables: task and view vectors; vectors: 1-D and
+    smaller (norms); embeddings: the rest (token embedding, head).
+    """
+    table_ids = {id(p) for m in model.modules() if isinstance(m, RowTable) for p in m.parameters()}
+    kinds: dict[str, dict[str, Tensor]] = {
+        "matrices": {}, "tables": {}, "embeddings": {}, "vectors": {}
+    }  # fmt: skip
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in table_ids:
+            kind = "tables"
+        elif p.dim() < 2:
+            kind = "vectors"
+        elif p.dim() == 2 and "blocks." in name:
+            kind = "matrices"
+        else:
+            kind = "embeddings"
+        kinds[kind][name] = p
+    return kinds
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> MuonAdamW:
+    """Muon (or AdamW) for the matrices of the blocks, AdamW for the rest.
+
+    Norms and other vectors are never decayed.
+    """
+    kinds = split_parameters(model)
+
+    def adamw_group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
+        return {
+            "params": list(kinds[name].values()),
+            "name": name,
+            "kind": "adamw",
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "betas": BETAS,
+            "eps": EPS,
+            "fused": True,  # also makes torch restore the step counts to the right device
+        }
+
+    if optim.matrices == "muon":
+        matrices = {
+            "params": list(kinds["matrices"].values()),
+            "name": "matrices",
+            "kind": "muon",
+            **muon_defaults(optim.muon_lr, optim.muon_weight_decay),
+        }
+    else:
+        matrices = adamw_group("matrices", optim.adamw_lr, optim.adamw_weight_decay)
+    groups = [
+        matrices,
+        adamw_group("embeddings", optim.adamw_lr, optim.adamw_weight_decay),
+        adamw_group("vectors", optim.adamw_lr, 0.0),
+        adamw_group("tables", optim.table_lr, optim.table_weight_decay),
+    ]
+    return MuonAdamW([g for g in groups if g["params"]])

@@ -1,0 +1,117 @@
+"""Where a trained model comes from: code, data, machine, effort."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tiny_onn.arc.corpus import Corpus
+from tiny_onn.config.schema import Config, ModelConfig
+from tiny_onn.training.loop import RunTotals
+from tiny_onn.training.optim import split_parameters
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the source tree and whether it has local changes; None outside a git tree."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {"commit": None, "dirty": None}
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ("git", "-C", str(root), *arguments), capture_output=True, text=True, timeout=20
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def corpus_hash(corpus: Corpus) -> str:
+    """SHA-256 of everything that is learnt from, in order: task rows and their examples."""
+    digest = hashlib.sha256()
+    for task_id in corpus.task_ids:
+        digest.update(task_id.encode() + b"\0")
+    for example in corpus.examples:
+        digest.update(f"{example.task}:{example.key}".encode())
+        for grid in (example.pair.input, example.pair.output):
+            digest.update(repr(grid.shape).encode() + grid.tobytes())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """Model name of the accelerator or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.machine()
+    return platform.machine()
+
+
+def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int:
+    """Floating-point operations of the training steps, forward and backward, no recomputation.
+
+    6 per weight of a matrix and row that passes it (tokens for the blocks, target rows for the
+    head, documents for the task modulation), 12 per head channel and visible query-key pair.
+    """
+    per_token = per_document = 0
+    for name, p in split_parameters(model)["matrices"].items():
+        if ".film." in name:
+            per_document += p.numel()
+        else:
+            per_token += p.numel()
+    weights = config.loops * (per_token * totals.tokens + per_document * totals.documents)
+    head = config.width * config.vocab_size * totals.targets
+    attention = config.loops * config.layers * config.heads * config.head_width
+    return 6 * (weights + head) + 12 * attention * totals.visible_pairs
+
+
+def provenance(
+    config: Config,
+    model: nn.Module,
+    corpus: Corpus,
+    totals: RunTotals,
+    device: torch.device,
+    world: int,
+) -> dict[str, Any]:
+    """What ``provenance.json`` says of a finished run. Names no host and no path."""
+    kinds = split_parameters(model)
+    tables = sum(p.numel() for p in kinds["tables"].values())
+    return {
+        "trained": True,
+        **code_version(),
+        "stage": config.stage,
+        "preset": config.preset,
+        "seed": config.seed,
+        "data_sha256": corpus_hash(corpus),
+        "tasks": len(corpus.task_ids),
+        "examples": len(corpus.examples),
+        "steps": totals.step,
+        "tokens": totals.tokens,
+        "target_tokens": totals.targets,
+        "seconds": round(totals.seconds, 3),
+        "train_flops": train_flops(model, config.model, totals),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "table_parameters": tables,
+        "device": device_name(device),
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

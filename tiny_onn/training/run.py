@@ -1,0 +1,234 @@
+"""Stage pretrain from a configuration to a trained checkpoint in its run folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny_onn.arc.corpus import Corpus, build_corpus
+from tiny_onn.arc.dataset import EpochBatches
+from tiny_onn.config.load import dump_config
+from tiny_onn.config.schema import Config
+from tiny_onn.errors import UserError
+from tiny_onn.files import atomic_write_text, ensure_writable_dir
+from tiny_onn.inference.holdout import evaluate_holdout
+from tiny_onn.model.checkpoint import save_checkpoint
+from tiny_onn.model.tiny_onn import TinyONN, build_model
+from tiny_onn.training.budget import Budget, check_budget, check_schedule
+from tiny_onn.training.datamodule import Positions, PretrainData
+from tiny_onn.training.lightning_trainer import (
+    make_loggers,
+    make_trainer,
+    process_rank,
+    quiet_lightning,
+)
+from tiny_onn.training.loop import RunLoop
+from tiny_onn.training.pretrain import Pretrain
+from tiny_onn.training.progress import ProgressLine, clock_text
+from tiny_onn.training.provenance import corpus_hash, provenance
+from tiny_onn.training.resume import find_resume, remove_leftovers, remove_resume
+from tiny_onn.training.run_folder import CHECKPOINT, METRICS, finished, require_same_run
+from tiny_onn.training.signals import Interrupted, StopSignals
+
+
+def run_training(config: Config, started: float | None = None) -> int:
+    """Train as ``config`` says; a run folder with a resume file is gone on with.
+
+    Args:
+        started: ``time.monotonic()`` when the command began, if that is what budget.minutes
+            should count from (by default: this call).
+
+    Returns:
+        Exit status: 0, or 130 and 143 after Ctrl-C and SIGTERM.
+
+    Raises:
+        UserError: bad settings, a run folder of another configuration, a loss that is not
+            finite, a full disk.
+    """
+    started = time.monotonic() if started is None else started
+    check_budget(config.budget)
+    check_schedule(config.optim)
+    quiet_lightning()
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    with StopSignals() as signals:
+        try:
+            return _Run(config, started, signals).execute()
+        except Interrupted as stop:
+            print(f"stopped by {stop} before anything new was saved; {_how_to_go_on()}")
+            return stop.status
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise UserError(
+                f"cannot write to '{config.out}' ({error.strerror}); expected free space; "
+                "free some and give the same command again to go on"
+            ) from error
+
+
+def _how_to_go_on() -> str:
+    command = shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else "the same call"
+    return f"go on with: {command}"
+
+
+class _Run:
+    def __init__(self, config: Config, started: float, signals: StopSignals) -> None:
+        self.config, self.started, self.signals = config, started, signals
+        self.folder = Path(config.out)
+        self.first = process_rank() == 0
+
+    def say(self, text: str) -> None:
+        if self.first:
+            print(text, flush=True)
+
+    def execute(self) -> int:
+        config = self.config
+        ensure_writable_dir(self.folder)
+        if config.resume and finished(self.folder, config):
+            self.say(
+                f"{self.folder} holds a finished run of this configuration; nothing to do "
+                "(resume=false trains it anew)"
+            )
+            return 0
+        corpus = build_corpus(config.data, config.seed)
+        data_hash = corpus_hash(corpus)
+        restored = self._open_folder(corpus, data_hash)
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, len(corpus.task_ids))
+        identity = {"config": asdict(config), "data": data_hash}
+        budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
+        module = Pretrain(model, config.optim)
+        loop = RunLoop(
+            config,
+            budget,
+            self.signals,
+            ProgressLine(config.trainer.progress and self.first),
+            identity,
+            restored.state if restored else None,
+            holdout=self._holdout(module, corpus),
+            finish=lambda weights: self._finish(loop, module, corpus, weights),
+        )
+        trainer = make_trainer(
+            config.trainer,
+            self.folder,
+            loop,
+            make_loggers(self.folder, config.trainer.tensorboard) if self.first else [],
+        )
+        device = trainer.strategy.root_device
+        model.use_backend(config.ops.backend, device)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        if config.trainer.compile:
+            for block in model.blocks:
+                block.compile(dynamic=True)
+        self._describe(model, trainer)
+        data = PretrainData(
+            lambda rank, world: EpochBatches(corpus, config.data, config.seed, rank, world),
+            loop.totals.step,
+            config.data.workers,
+            causal=config.model.mask == "causal",
+        )
+        try:
+            trainer.fit(
+                module, data, ckpt_path=str(restored.path) if restored else None, weights_only=True
+            )
+        finally:
+            self.signals.deferred = False
+            loop.progress.close()
+        if loop.stopped_by is not None:
+            self.say(
+                f"stopped at step {loop.totals.step}; checkpoint of step {loop.saved_step} in "
+                f"{self.folder}; {_how_to_go_on()}"
+            )
+            return 128 + loop.stopped_by
+        if self.first:
+            self._close_folder(loop)
+        return 0
+
+    def _open_folder(self, corpus: Corpus, data_hash: str) -> Any:
+        """Leak report and resolved configuration; the resume point if there is one."""
+        config = self.config
+        if config.resume:
+            restored, notes = find_resume(self.folder)
+            for note in notes:
+                self.say(f"warning: {note}")
+            if restored is not None:
+                require_same_run(self.folder, restored.state, config, data_hash)
+        else:
+            restored = None
+            if self.first:
+                remove_resume(self.folder)
+        if self.first:
+            remove_leftovers(self.folder)
+            print(corpus.report.render())
+            report = json.dumps(corpus.report.to_dict(), indent=1)
+            atomic_write_text(self.folder / "leak_report.json", report)
+            atomic_write_text(self.folder / "config.yaml", dump_config(config))
+            if not config.resume or restored is None:
+                (self.folder / METRICS).unlink(missing_ok=True)
+        if restored is not None:
+            totals = restored.state["totals"]
+            self.say(
+                f"going on from step {totals['step']} "
+                f"({clock_text(totals['seconds'])} spent) of {restored.path}"
+            )
+        return restored
+
+    def _budget(self, corpus: Corpus, spent: float) -> Budget:
+        given = self.config.budget
+        if given.minutes is not None:
+            return Budget(minutes=given.minutes, started=self.started, spent=spent)
+        steps = given.steps
+        if steps is None:
+            epochs = EpochBatches(corpus, self.config.data, self.config.seed)
+            steps = Positions(epochs.num_batches).steps(given.epochs)
+        return Budget(steps=steps, started=self.started, spent=spent)
+
+    def _holdout(self, module: Pretrain, corpus: Corpus) -> Callable[[], dict[str, float]] | None:
+        if not corpus.holdout:
+            return None
+        return lambda: evaluate_holdout(module.model, corpus, self.config)
+
+    def _describe(self, model: TinyONN, trainer: Any) -> None:
+        count = sum(p.numel() for p in model.parameters())
+        self.say(
+            f"training {count:,} parameters on {trainer.strategy.root_device.type} x "
+            f"{trainer.num_devices * trainer.num_nodes}, {self.config.trainer.precision}, "
+            f"{torch.get_num_threads()} threads, into {self.folder}"
+        )
+
+    def _finish(
+        self, loop: RunLoop, module: Pretrain, corpus: Corpus, weights: dict[str, torch.Tensor]
+    ) -> None:
+        """Save the trained model (first process only)."""
+        model = build_model(self.config.model, len(corpus.task_ids))
+        model.load_state_dict(weights)
+        facts = provenance(
+            self.config, model, corpus, loop.totals, module.device, module.trainer.world_size
+        )
+        save_checkpoint(self.folder / CHECKPOINT, model, self.config, corpus.task_ids, facts)
+        loop.facts = facts
+
+    def _close_folder(self, loop: RunLoop) -> None:
+        metrics = {
+            "finished": True,
+            "loss": loop.loss,
+            "minutes": round(loop.totals.seconds / 60, 4),
+            "holdout": loop.final_holdout,
+            **loop.facts,
+        }
+        atomic_write_text(self.folder / METRICS, json.dumps(metrics, indent=1, sort_keys=True))
+        remove_resume(self.folder)
+        print(
+            f"trained {loop.totals.step} steps, {loop.totals.tokens:,} tokens in "
+            f"{clock_text(loop.totals.seconds)}; checkpoint: {self.folder / CHECKPOINT}"
+        )
