@@ -1,0 +1,174 @@
+"""The assembled network: decoding equals the parallel forward, packing equals one by one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_onn.arc.packing import pack
+from tiny_onn.arc.task import Pair
+from tiny_onn.arc.tokens import encode_pair
+from tiny_onn.config.schema import ModelConfig
+from tiny_onn.errors import BackendUnavailable, UserError
+from tiny_onn.model.tiny_onn import build_model
+
+SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 1))]
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    config = ModelConfig(width=32, layers=2, heads=4, head_width=8, ffn_width=48, **changes)
+    model = build_model(config, num_tasks=5).double().eval()
+    for parameter in model.parameters():  # zero-initialised parts must take part too
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def documents(seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = [
+        Pair(*(rng.integers(0, 10, shape).astype(np.uint8) for shape in shapes))
+        for shapes in SHAPES
+    ]
+    return [encode_pair(pair, task=i, view=i % 8) for i, pair in enumerate(pairs)]
+
+
+VARIANTS = [
+    {},
+    {"mask": "causal"},
+    {"kv_heads": 2},
+    {"loops": 2},
+    {"task_modulation": "film"},
+    {"qk_norm": False},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_step_logits_equal_the_parallel_forward(changes):
+    model = tiny_model(**changes)
+    docs = documents()
+    with torch.no_grad():
+        parallel = []
+        for doc in docs:
+            parallel.append(model(pack([doc])).logits_MV)
+    prompts = [prompt_of(doc) for doc in docs]
+    batch = pack(prompts)
+    order = list(batch.order)
+    logits, cache = model.prefill(batch, max_new_tokens=64)
+    cursor = [docs[i].prefix_len for i in order]
+    alive = list(range(len(order)))
+    while alive:
+        for row, slot in enumerate(alive):
+            want = parallel[order[slot]][cursor[slot] - 1]
+            torch.testing.assert_close(logits[row], want, rtol=1e-9, atol=1e-9)
+        keep = [r for r, s in enumerate(alive) if cursor[s] < len(docs[order[s]].tokens) - 1]
+        if len(keep) < len(alive):
+            cache.keep(torch.tensor(keep, dtype=torch.long))
+            alive = [alive[r] for r in keep]
+        if not alive:
+            break
+        tokens = torch.tensor([int(docs[order[s]].tokens[cursor[s]]) for s in alive])
+        positions = torch.tensor(
+            np.stack([docs[order[s]].positions[cursor[s]] for s in alive])
+        )
+        logits = model.step(tokens, positions, cache)
+        for s in alive:
+            cursor[s] += 1
+
+
+def prompt_of(doc):
+    n = doc.prefix_len
+    return replace(doc, tokens=doc.tokens[:n], positions=doc.positions[:n])
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_packed_equals_one_document_at_a_time(changes):
+    model = tiny_model(**changes)
+    docs = documents()
+    batch = pack(docs)
+    together = model(batch).logits_MV
+    start = 0
+    for slot, i in enumerate(batch.order):
+        alone = model(pack([docs[i]])).logits_MV
+        length = batch.layout.lengths[slot]
+        torch.testing.assert_close(together[start : start + length], alone, rtol=1e-9, atol=1e-9)
+        start += length
+
+
+def test_reference_and_sdpa_backends_agree_in_loss_gradients():
+    batch = pack(documents())
+    gradients = []
+    for backend in ("reference", "sdpa"):
+        model = tiny_model().use_backend(backend, "cpu")
+        model(batch).logits_MV.logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_rows_pick_the_same_logits_with_less_work():
+    model, batch = tiny_model(), pack(documents())
+    rows = torch.tensor([0, 5, 9, 30])
+    torch.testing.assert_close(model(batch, rows).logits_MV, model(batch).logits_MV[rows])
+
+
+@pytest.mark.parametrize("modulation", ["none", "film"])
+def test_an_unknown_task_is_the_zero_vector(modulation):
+    model = tiny_model(task_modulation=modulation)
+    doc = documents()[1]
+    unknown = model(pack([encode_like(doc, task=-1)])).logits_MV
+    with torch.no_grad():
+        model.embedding.task.weight.zero_()
+    torch.testing.assert_close(unknown, model(pack([doc])).logits_MV)
+
+
+def encode_like(doc, **changes):
+    return replace(doc, **changes)
+
+
+def test_an_unknown_task_row_gets_no_gradient():
+    model = tiny_model()
+    docs = [encode_like(d, task=t) for d, t in zip(documents(), [-1, 2, -1, 2], strict=True)]
+    model(pack(docs)).logits_MV.logsumexp(-1).sum().backward()
+    touched = model.embedding.task.weight.grad.abs().sum(1) > 0
+    assert touched.tolist() == [False, False, True, False, False]
+
+
+def test_output_tokens_do_not_see_the_future_and_the_input_does():
+    model = tiny_model()
+    doc = documents()[2]
+    before = model(pack([doc])).logits_MV
+    tokens = doc.tokens.copy()
+    late = doc.prefix_len + 4
+    tokens[late] = (tokens[late] + 1) % 10
+    after = model(pack([encode_like(doc, tokens=tokens)])).logits_MV
+    changed = (before - after).abs().amax(1) > 1e-12
+    assert not changed[:late].any() and changed[late:].any()
+    tokens = doc.tokens.copy()
+    tokens[doc.prefix_len - 3] = (tokens[doc.prefix_len - 3] + 1) % 10
+    after = model(pack([encode_like(doc, tokens=tokens)])).logits_MV
+    assert ((before - after).abs().amax(1) > 1e-12)[0]  # prefix-LM: even START sees the input
+
+
+def test_a_full_cache_refuses_another_token():
+    model = tiny_model()
+    batch = pack([prompt_of(documents()[0])])
+    _, cache = model.prefill(batch, max_new_tokens=1)
+    token, position = torch.tensor([3]), torch.tensor([[0, 0, 3]])
+    model.step(token, position, cache)
+    with pytest.raises(IndexError, match="max_new_tokens"):
+        model.step(token, position, cache)
+
+
+def test_backends_that_cannot_run_say_so():
+    with pytest.raises(BackendUnavailable, match="needs a CUDA device.*ops.backend=auto"):
+        tiny_model().use_backend("flash", "cpu")
+    assert tiny_model().use_backend("auto", "cpu").attention_backend == "sdpa"
+
+
+def test_impossible_widths_are_named():
+    with pytest.raises(UserError, match="model.kv_heads=3 does not divide model.heads=4"):
+        build_model(ModelConfig(heads=4, kv_heads=3), 1)
+    with pytest.raises(UserError, match="model.head_width=7"):
+        build_model(ModelConfig(head_width=7), 1)
