@@ -1,0 +1,181 @@
+"""Epochs of packed batches: a pure function of (seed, epoch, index), for any number of workers.
+
+Batches hold nearly equal numbers of tokens, at most ``data.batch_tokens``, and no epoch ends in
+a small rest. With several ranks each takes its share of the documents of every global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiny_onn.arc.corpus import Corpus
+from tiny_onn.arc.packing import Batch, pack
+from tiny_onn.arc.task import Pair
+from tiny_onn.arc.tokens import Document, document_length, encode_demos, encode_pair
+from tiny_onn.arc.view import View, ViewSampler, apply_pair, fixed_colors, swaps_sides
+from tiny_onn.config.schema import DataConfig
+from tiny_onn.errors import UserError
+
+EPOCHS_KEPT = 2
+"""Plans of epochs kept in memory: batches are read in order."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An epoch: order of the examples, the view and the demonstrations of each, batch starts."""
+
+    order: np.ndarray
+    views: list[View]
+    demos: list[list[Pair]]
+    starts: np.ndarray
+
+
+class EpochBatches:
+    """The batches of a corpus.
+
+    Args:
+        corpus: what to learn from.
+        data: ``batch_tokens``, ``views``, ``views_per_example``, ``context``, ``max_tokens`` and
+            ``loss_on_inputs`` are used.
+        seed: decides order and views.
+        rank, world: this process's share of every global batch.
+
+    Raises:
+        UserError: ``data.batch_tokens`` or the corpus is too small for ``world`` processes.
+    """
+
+    def __init__(
+        self, corpus: Corpus, data: DataConfig, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        assert 0 <= rank < world, (rank, world)
+        self.corpus, self.data, self.seed, self.rank, self.world = corpus, data, seed, rank, world
+        self._fixed = [fixed_colors(task) for task in corpus.tasks]
+        self._views = ViewSampler(seed, data.views, data.views_per_example)
+        self._plans: dict[int, _Plan] = {}
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Every global batch must fit its longest document and give each rank one."""
+        longest = max(
+            max(_length(example.pair, False), _length(example.pair, True))
+            for example in self.corpus.examples
+        )
+        if self.data.context == "demos":
+            longest = self.data.max_tokens - 1
+        # starts are rounded to whole documents (longest tokens), so with this many tokens even
+        # the smallest batch of the coarsest split keeps a document for every rank
+        needed = longest if self.world == 1 else (2 * self.world + 1) * longest
+        if self.data.batch_tokens < needed:
+            raise UserError(
+                f"got data.batch_tokens={self.data.batch_tokens}, expected at least {needed} for "
+                f"{self.world} processes and documents of up to {longest} tokens; raise it or "
+                "lower data.max_tokens"
+            )
+        if len(self.corpus.examples) < self.world:
+            raise UserError(
+                f"got {len(self.corpus.examples)} examples for {self.world} processes, expected "
+                "at least one each; use fewer devices"
+            )
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches of this epoch (lengths differ a little between views, so epochs do too)."""
+        return len(self._plan(epoch).starts) - 1
+
+    def batch(self, epoch: int, index: int) -> Batch:
+        """This rank's share of global batch ``index`` of ``epoch``."""
+        plan = self._plan(epoch)
+        assert 0 <= index < len(plan.starts) - 1, (epoch, index, len(plan.starts) - 1)
+        chosen = plan.order[plan.starts[index] : plan.starts[index + 1]].tolist()
+        documents = [self._document(example, plan) for example in chosen]
+        if self.world > 1:
+            documents.sort(key=lambda document: len(document.tokens))
+            documents = [d for n, d in enumerate(documents) if self._owner(n) == self.rank]
+        return pack(documents, self.data.loss_on_inputs)
+
+    def _owner(self, number: int) -> int:
+        """Rank of the n-th shortest document, dealt to and fro so that shares are equal."""
+        turn, place = divmod(number, self.world)
+        return place if turn % 2 == 0 else self.world - 1 - place
+
+    def _document(self, example: int, plan: _Plan) -> Document:
+        source, view = self.corpus.examples[example], plan.views[example]
+        query = apply_pair(view, source.pair)
+        if self.data.context == "pair":
+            return encode_pair(query, source.task, view.dihedral)
+        demos = [apply_pair(view, demo) for demo in plan.demos[example]]
+        return encode_demos(demos, query, source.task, view.dihedral)
+
+    def _plan(self, epoch: int) -> _Plan:
+        if epoch not in self._plans:
+            while len(self._plans) >= EPOCHS_KEPT:
+                del self._plans[next(iter(self._plans))]
+            self._plans[epoch] = self._make_plan(epoch)
+        return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        examples = self.corpus.examples
+        rng = np.random.default_rng([self.seed, epoch, len(examples)])
+        order = rng.permutation(len(examples))
+        views = [self._view(number, epoch) for number in range(len(examples))]
+        demos: list[list[Pair]] = []
+        lengths = np.empty(len(examples), dtype=np.int64)
+        for number, (example, view) in enumerate(zip(examples, views, strict=True)):
+            swapped = swaps_sides(view.dihedral)
+            lengths[number] = _length(example.pair, swapped)
+            if self.data.context == "demos":
+                shown, extra = self._choose_demos(number, swapped, rng)
+                demos.append(shown)
+                lengths[number] += extra
+        starts = split_evenly(lengths[order], self.data.batch_tokens)
+        return _Plan(order, views, demos, starts)
+
+    def _view(self, number: int, epoch: int) -> View:
+        example = self.corpus.examples[number]
+        task = self.corpus.tasks[example.task]
+        pairs = [example.pair] if self.data.context == "pair" else [*task.demos, example.pair]
+        inputs = [*(demo.input for demo in task.demos), *task.test_inputs]
+        return self._views.view(number, epoch, pairs, self._fixed[example.task], inputs)
+
+    def _choose_demos(
+        self, number: int, swapped: bool, rng: np.random.Generator
+    ) -> tuple[list[Pair], int]:
+        """Other demonstrations of the task in random order, as many as fit, and their tokens."""
+        example = self.corpus.examples[number]
+        task = self.corpus.tasks[example.task]
+        left = self.data.max_tokens - 1 - _length(example.pair, swapped)
+        shown, used = [], 0
+        for place in rng.permutation(len(task.demos)).tolist():
+            demo = task.demos[place]
+            length = _length(demo, swapped) + 1
+            if demo is not example.pair and used + length <= left:
+                shown.append(demo)
+                used += length
+        return shown, used
+
+
+def _length(pair: Pair, swapped: bool) -> int:
+    """Input tokens (all but the last) of a pair's document, lying down if ``swapped``."""
+    (in_height, in_width), (out_height, out_width) = pair.input.shape, pair.output.shape
+    if swapped:
+        return document_length(in_width, in_height, out_width, out_height) - 1
+    return document_length(in_height, in_width, out_height, out_width) - 1
+
+
+def split_evenly(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """Starts (the end included) of the fewest near-equal runs of at most ``budget`` tokens.
+
+    Each cut goes to the document boundary nearest to an equal share.
+    """
+    ends = np.cumsum(lengths)
+    assert lengths.max() <= budget, (lengths.max(), budget)
+    edges = np.concatenate([[0], ends])
+    for runs in range(-(-int(ends[-1]) // budget), len(lengths) + 1):
+        shares = ends[-1] * np.arange(1, runs) / runs
+        cuts = np.searchsorted(ends - lengths / 2, shares)
+        starts = np.concatenate([[0], cuts, [len(lengths)]])
+        tokens = np.diff(edges[starts])
+        if tokens.max() <= budget and tokens.min() > 0:
+            return starts
+    return np.arange(len(lengths) + 1)

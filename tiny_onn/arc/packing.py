@@ -1,0 +1,126 @@
+"""Documents packed into flat batches: no padding, boundaries in a Layout.
+
+Shapes: N packed tokens, B documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiny_onn.arc.tokens import END, IGNORE, Document
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where documents begin and end.
+
+    cu_seqlens: int32 (B+1,) offsets; max_seqlen: longest document; prefix_lens: int64 (B,);
+    doc_N: int64 (N,) document of every token; ``lengths`` and ``prefixes`` say the same as
+    Python numbers, so that nothing has to wait for a device.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    prefix_lens: Tensor
+    doc_N: Tensor
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Layout:
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            prefix_lens=self.prefix_lens.to(device, non_blocking=True),
+            doc_N=self.doc_N.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed batch.
+
+    tokens_N, targets_N: int64 (N,), the target is the next token, IGNORE where there is no
+    loss; positions_N3: int64 (N, 3); task_B, view_B: int64 (B,); order: for each document of
+    the batch its index among those given to :func:`pack`.
+    """
+
+    tokens_N: Tensor
+    positions_N3: Tensor
+    targets_N: Tensor
+    task_B: Tensor
+    view_B: Tensor
+    layout: Layout
+    order: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens_N)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return int((self.targets_N != IGNORE).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            tokens_N=self.tokens_N.to(device, non_blocking=True),
+            positions_N3=self.positions_N3.to(device, non_blocking=True),
+            targets_N=self.targets_N.to(device, non_blocking=True),
+            task_B=self.task_B.to(device, non_blocking=True),
+            view_B=self.view_B.to(device, non_blocking=True),
+            layout=self.layout.to(device),
+        )
+
+
+def pack(documents: Sequence[Document], loss_on_inputs: bool = False) -> Batch:
+    """Pack ``documents``, shortest first (ties in the given order).
+
+    A complete document (it ends in END) enters without its last token, with the next tokens as
+    targets: those of the query's output up to and including END, or all of them with
+    ``loss_on_inputs`` (only sound under a causal mask). A prompt enters whole, without targets.
+    """
+    assert documents, "a batch needs a document"
+    complete = [bool(document.tokens[-1] == END) for document in documents]
+    length_of = [len(d.tokens) - c for d, c in zip(documents, complete, strict=True)]
+    order = sorted(range(len(documents)), key=length_of.__getitem__)
+    lengths = [length_of[i] for i in order]
+    chosen = [documents[i] for i in order]
+    prefixes = [min(d.prefix_len, n) for d, n in zip(chosen, lengths, strict=True)]
+    length_B = np.array(lengths)
+    cu_seqlens = np.zeros(len(chosen) + 1, dtype=np.int32)
+    np.cumsum(length_B, out=cu_seqlens[1:])
+    doc_N = np.repeat(np.arange(len(chosen)), length_B)
+
+    tokens_N = np.concatenate([d.tokens[:n] for d, n in zip(chosen, lengths, strict=True)])
+    positions = [d.positions[:n] for d, n in zip(chosen, lengths, strict=True)]
+    targets_N = np.full(len(tokens_N), IGNORE, dtype=np.int64)
+    targets_N[:-1] = tokens_N[1:]
+    last_B = cu_seqlens[1:] - 1
+    complete_B = np.array([complete[i] for i in order])
+    targets_N[last_B] = np.where(complete_B, END, IGNORE)
+    if loss_on_inputs:
+        targets_N[~complete_B[doc_N]] = IGNORE
+    else:
+        first_B = cu_seqlens[:-1] + np.array(prefixes) - 1
+        targets_N[np.arange(len(tokens_N)) < first_B[doc_N]] = IGNORE
+    return Batch(
+        tokens_N=torch.from_numpy(tokens_N),
+        positions_N3=torch.from_numpy(np.concatenate(positions)),
+        targets_N=torch.from_numpy(targets_N),
+        task_B=torch.tensor([d.task for d in chosen]),
+        view_B=torch.tensor([d.view for d in chosen]),
+        layout=Layout(
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            max_seqlen=lengths[-1],
+            prefix_lens=torch.tensor(prefixes),
+            doc_N=torch.from_numpy(doc_N),
+            lengths=tuple(lengths),
+            prefixes=tuple(prefixes),
+        ),
+        order=tuple(order),
+    )
