@@ -12,22 +12,22 @@ import numpy as np
 
 from tiny_onn.arc.corpus import Corpus
 from tiny_onn.arc.packing import Batch, pack
-from tiny_onn.arc.task import Pair
+from tiny_onn.arc.task import Grid, Pair
 from tiny_onn.arc.tokens import Document, document_length, encode_demos, encode_pair
-from tiny_onn.arc.view import View, ViewSampler, apply_pair, fixed_colors, swaps_sides
+from tiny_onn.arc.view import NUM_DIHEDRALS, ViewSampler, apply_pair, fixed_colors, swaps_sides
 from tiny_onn.config.schema import DataConfig
 from tiny_onn.errors import UserError
 
+SWAPS_SIDES = np.array([swaps_sides(dihedral) for dihedral in range(NUM_DIHEDRALS)])
 EPOCHS_KEPT = 2
 """Plans of epochs kept in memory: batches are read in order."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """An epoch: order of the examples, the view and the demonstrations of each, batch starts."""
+    """An epoch: order of the examples, the demonstrations shown with each, batch starts."""
 
     order: np.ndarray
-    views: list[View]
     demos: list[list[Pair]]
     starts: np.ndarray
 
@@ -51,10 +51,27 @@ class EpochBatches:
     ) -> None:
         assert 0 <= rank < world, (rank, world)
         self.corpus, self.data, self.seed, self.rank, self.world = corpus, data, seed, rank, world
-        self._fixed = [fixed_colors(task) for task in corpus.tasks]
-        self._views = ViewSampler(seed, data.views, data.views_per_example)
-        self._plans: dict[int, _Plan] = {}
         self._check_budget()
+        self._views = ViewSampler(self._shown(), seed, data.views, data.views_per_example)
+        pairs = [example.pair for example in corpus.examples]
+        self._upright = np.array([_length(pair, False) for pair in pairs])
+        self._lying = np.array([_length(pair, True) for pair in pairs])
+        self._num_batches: dict[int, int] = {}
+        self._plans: dict[int, _Plan] = {}
+
+    def _shown(self) -> list[tuple[list[Pair], frozenset[int], list[Grid]]]:
+        """For every example what the sampler of views asks for."""
+        tasks = self.corpus.tasks
+        fixed = [fixed_colors(task) for task in tasks]
+        inputs = [[*(demo.input for demo in t.demos), *t.test_inputs] for t in tasks]
+        return [
+            (
+                [e.pair] if self.data.context == "pair" else [*tasks[e.task].demos, e.pair],
+                fixed[e.task],
+                inputs[e.task],
+            )
+            for e in self.corpus.examples
+        ]
 
     def _check_budget(self) -> None:
         """Every global batch must fit its longest document and give each rank one."""
@@ -81,14 +98,16 @@ class EpochBatches:
 
     def num_batches(self, epoch: int) -> int:
         """Batches of this epoch (lengths differ a little between views, so epochs do too)."""
-        return len(self._plan(epoch).starts) - 1
+        if epoch not in self._num_batches:
+            self._num_batches[epoch] = len(self._plan(epoch).starts) - 1
+        return self._num_batches[epoch]
 
     def batch(self, epoch: int, index: int) -> Batch:
         """This rank's share of global batch ``index`` of ``epoch``."""
         plan = self._plan(epoch)
         assert 0 <= index < len(plan.starts) - 1, (epoch, index, len(plan.starts) - 1)
         chosen = plan.order[plan.starts[index] : plan.starts[index + 1]].tolist()
-        documents = [self._document(example, plan) for example in chosen]
+        documents = [self._document(example, epoch, plan) for example in chosen]
         if self.world > 1:
             documents.sort(key=lambda document: len(document.tokens))
             documents = [d for n, d in enumerate(documents) if self._owner(n) == self.rank]
@@ -99,8 +118,8 @@ class EpochBatches:
         turn, place = divmod(number, self.world)
         return place if turn % 2 == 0 else self.world - 1 - place
 
-    def _document(self, example: int, plan: _Plan) -> Document:
-        source, view = self.corpus.examples[example], plan.views[example]
+    def _document(self, example: int, epoch: int, plan: _Plan) -> Document:
+        source, view = self.corpus.examples[example], self._views.view(example, epoch)
         query = apply_pair(view, source.pair)
         if self.data.context == "pair":
             return encode_pair(query, source.task, view.dihedral)
@@ -115,28 +134,18 @@ class EpochBatches:
         return self._plans[epoch]
 
     def _make_plan(self, epoch: int) -> _Plan:
-        examples = self.corpus.examples
-        rng = np.random.default_rng([self.seed, epoch, len(examples)])
-        order = rng.permutation(len(examples))
-        views = [self._view(number, epoch) for number in range(len(examples))]
+        num_examples = len(self.corpus.examples)
+        rng = np.random.default_rng([self.seed, epoch, num_examples])
+        order = rng.permutation(num_examples)
+        swapped = SWAPS_SIDES[self._views.dihedrals(epoch)]
+        lengths = np.where(swapped, self._lying, self._upright)
         demos: list[list[Pair]] = []
-        lengths = np.empty(len(examples), dtype=np.int64)
-        for number, (example, view) in enumerate(zip(examples, views, strict=True)):
-            swapped = swaps_sides(view.dihedral)
-            lengths[number] = _length(example.pair, swapped)
-            if self.data.context == "demos":
-                shown, extra = self._choose_demos(number, swapped, rng)
+        if self.data.context == "demos":
+            for number in range(num_examples):
+                shown, extra = self._choose_demos(number, bool(swapped[number]), rng)
                 demos.append(shown)
                 lengths[number] += extra
-        starts = split_evenly(lengths[order], self.data.batch_tokens)
-        return _Plan(order, views, demos, starts)
-
-    def _view(self, number: int, epoch: int) -> View:
-        example = self.corpus.examples[number]
-        task = self.corpus.tasks[example.task]
-        pairs = [example.pair] if self.data.context == "pair" else [*task.demos, example.pair]
-        inputs = [*(demo.input for demo in task.demos), *task.test_inputs]
-        return self._views.view(number, epoch, pairs, self._fixed[example.task], inputs)
+        return _Plan(order, demos, split_evenly(lengths[order], self.data.batch_tokens))
 
     def _choose_demos(
         self, number: int, swapped: bool, rng: np.random.Generator
@@ -164,18 +173,20 @@ def _length(pair: Pair, swapped: bool) -> int:
 
 
 def split_evenly(lengths: np.ndarray, budget: int) -> np.ndarray:
-    """Starts (the end included) of the fewest near-equal runs of at most ``budget`` tokens.
+    """Starts (the end included) of few near-equal runs of at most ``budget`` tokens each.
 
     Each cut goes to the document boundary nearest to an equal share.
     """
     ends = np.cumsum(lengths)
     assert lengths.max() <= budget, (lengths.max(), budget)
     edges = np.concatenate([[0], ends])
-    for runs in range(-(-int(ends[-1]) // budget), len(lengths) + 1):
+    runs = -(-int(ends[-1]) // budget)
+    while runs < len(lengths):
         shares = ends[-1] * np.arange(1, runs) / runs
         cuts = np.searchsorted(ends - lengths / 2, shares)
         starts = np.concatenate([[0], cuts, [len(lengths)]])
         tokens = np.diff(edges[starts])
         if tokens.max() <= budget and tokens.min() > 0:
             return starts
+        runs += 1 + runs // 64
     return np.arange(len(lengths) + 1)

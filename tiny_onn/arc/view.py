@@ -49,14 +49,26 @@ def swaps_sides(dihedral: int) -> bool:
 
 
 def turn(dihedral: int, grid: Grid) -> Grid:
-    """The grid turned by a dihedral index."""
-    return np.rot90(grid.T if dihedral >= 4 else grid, dihedral % 4)
+    """The grid (a view of its memory) turned by a dihedral index."""
+    return _TURNS[dihedral](grid)
 
 
 def unturn(dihedral: int, grid: Grid) -> Grid:
     """Inverse of :func:`turn`."""
-    turned = np.rot90(grid, -(dihedral % 4))
-    return turned.T if dihedral >= 4 else turned
+    return _TURNS[_INVERSES[dihedral]](grid)
+
+
+_TURNS = (  # np.rot90(grid or grid.T, k), without its overhead
+    lambda grid: grid,
+    lambda grid: grid.T[::-1],
+    lambda grid: grid[::-1, ::-1],
+    lambda grid: grid.T[:, ::-1],
+    lambda grid: grid.T,
+    lambda grid: grid[::-1],
+    lambda grid: grid.T[::-1, ::-1],
+    lambda grid: grid[:, ::-1],
+)
+_INVERSES = (0, 3, 2, 1, 4, 5, 6, 7)
 
 
 def apply(view: View, grid: Grid) -> Grid:
@@ -162,6 +174,11 @@ class ViewSpace:
             colors[color] = target
         return View(dihedral, tuple(colors))
 
+    def dihedrals(self, indices: np.ndarray, picks: np.ndarray) -> np.ndarray:
+        """The dihedral of ``view(index, pick)`` for arrays of both."""
+        table = np.array(self.classes)  # classes are cosets of one subgroup: of equal size
+        return table[indices // self.recolorings, picks % table.shape[1]]
+
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """int64 indices of min(count, size) different contents, in random order.
 
@@ -170,14 +187,10 @@ class ViewSpace:
         num_classes = len(self.classes)
         rounds = min(-(-count // num_classes), self.recolorings)
         numbers = np.stack(
-            [_without_replacement(self.recolorings, rounds, rng) for _ in range(num_classes)]
+            [rng.choice(self.recolorings, rounds, replace=False) for _ in range(num_classes)]
         )
         numbers += np.arange(num_classes)[:, None] * self.recolorings
         return rng.permuted(numbers.T, axis=1).ravel()[:count]
-
-
-def _without_replacement(size: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    return rng.choice(size, count, replace=False)
 
 
 def sample_views(task: Task, count: int, rng: np.random.Generator) -> list[View]:
@@ -199,37 +212,44 @@ class ViewSampler:
     """The view of every example in every epoch: deterministic in (seed, example, epoch).
 
     An example goes through up to ``max_views`` different contents, each once, before it starts
-    again. Its views are numbered at its first use, which makes any epoch directly accessible.
+    again; any epoch is directly accessible.
+
+    Args:
+        examples: of each example the pairs shown together, its task's :func:`fixed_colors` and
+            the task's inputs. Colours of the pairs' outputs that occur in none of those inputs
+            are fixed too (the answer of a training task may bring new ones).
+        seed: decides the order of each example's views.
+        mode, max_views: see :class:`ViewSpace` and above.
     """
 
-    def __init__(self, seed: int, mode: ViewMode = "all", max_views: int = 1000) -> None:
-        assert max_views > 0, max_views
-        self._seed, self._mode, self._max_views = seed, mode, max_views
-        self._spaces: dict[int, tuple[ViewSpace, np.ndarray, int]] = {}
-
-    def view(
+    def __init__(
         self,
-        example: int,
-        epoch: int,
-        pairs: Sequence[Pair],
-        fixed: frozenset[int],
-        inputs: Sequence[Grid],
-    ) -> View:
-        """The view in which example number ``example`` is seen in ``epoch``.
-
-        Args:
-            pairs: what is shown together, the example's own pair among it.
-            fixed: the task's :func:`fixed_colors`; colours of the pairs' outputs that occur in
-                none of the task's ``inputs`` are fixed too (an answer may bring new ones).
-        """
-        known = self._spaces.get(example)
-        if known is None:
+        examples: Sequence[tuple[Sequence[Pair], frozenset[int], Sequence[Grid]]],
+        seed: int,
+        mode: ViewMode = "all",
+        max_views: int = 1000,
+    ) -> None:
+        assert max_views > 0, max_views
+        self._spaces: list[tuple[ViewSpace, np.ndarray, int]] = []
+        dihedrals = []
+        for number, (pairs, fixed, inputs) in enumerate(examples):
             fixed = fixed | (_colors([pair.output for pair in pairs]) - _colors(inputs))
             grids = [grid for pair in pairs for grid in (pair.input, pair.output)]
-            space = ViewSpace(grids, fixed, self._mode)
-            rng = np.random.default_rng([self._seed, example])
-            pick = int(rng.integers(NUM_DIHEDRALS))
-            known = space, space.draw(self._max_views, rng).astype(np.int32), pick
-            self._spaces[example] = known
-        space, indices, pick = known
-        return space.view(int(indices[epoch % len(indices)]), pick + epoch)
+            space = ViewSpace(grids, fixed, mode)
+            rng = np.random.default_rng([seed, number])
+            indices, pick = space.draw(max_views, rng), int(rng.integers(NUM_DIHEDRALS))
+            self._spaces.append((space, indices.astype(np.int32), pick))
+            dihedrals.append(space.dihedrals(indices, pick + np.arange(len(indices))))
+        self._counts = np.array([len(indices) for _, indices, _ in self._spaces])
+        self._starts = np.cumsum(self._counts) - self._counts
+        self._dihedrals = np.concatenate(dihedrals).astype(np.uint8)
+
+    def view(self, example: int, epoch: int) -> View:
+        """The view in which example number ``example`` is seen in ``epoch``."""
+        space, indices, pick = self._spaces[example]
+        slot = epoch % len(indices)
+        return space.view(int(indices[slot]), pick + slot)
+
+    def dihedrals(self, epoch: int) -> np.ndarray:
+        """uint8: the dihedral of every example's view in ``epoch``, without making the views."""
+        return self._dihedrals[self._starts + epoch % self._counts]
