@@ -51,7 +51,6 @@ class ModelConfig:
     qk_norm: bool = key(True, "RMSNorm on queries and keys")
     rope_base: float = key(100.0, "base of the 3D rotary frequencies")
     dropout: float = key(0.0, "residual dropout; attention has none")
-    task_rank: int = key(0, "rank of the per-layer modulation by the task vector (0: off)")
     task_modulation: Literal["none", "film"] = key(
         "none", "film: the task scales and shifts every block's input, channel by channel"
     )
