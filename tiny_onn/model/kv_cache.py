@@ -1,32 +1,44 @@
 """Keys and values of the tokens decoded so far, one row a document.
 
-Shapes: B documents, K key/value heads, T capacity in tokens, D head width.
+Shapes: B documents, K key/value heads, T tokens of room, D head width.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+GROWTH = 64
+"""Tokens of room added when the buffers are full."""
 
 
 class KVCache:
     """Per attention call (block and loop) rotated keys and values, (B, K, T, D) each.
 
-    Rows may hold different numbers of tokens (``lengths_B``); ``visible_BT`` masks the rest.
+    Rows may hold different numbers of tokens (``lengths_B``). Room grows by GROWTH tokens up to
+    ``capacity``, and a step reads no further than the longest row.
+
+    Args:
+        lengths_B: int64 (B,) tokens of each prompt; longest: their maximum.
+        capacity: most tokens a row may ever hold.
     """
 
-    def __init__(self, lengths_B: Tensor, capacity: int) -> None:
+    def __init__(self, lengths_B: Tensor, longest: int, capacity: int) -> None:
         self.lengths_B = lengths_B.clone()
+        self.longest = longest
         self.capacity = capacity
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.task_B = self.view_B = lengths_B
+        self._room = min(longest + GROWTH, capacity)
         self._call = 0
 
     def fill(self, k_NKD: Tensor, v_NKD: Tensor, doc_N: Tensor, column_N: Tensor) -> None:
         """Append one attention call's prompt keys and values (packed) to the cache."""
         for store, packed in ((self.keys, k_NKD), (self.values, v_NKD)):
-            buffer = packed.new_zeros(len(self.lengths_B), self.capacity, *packed.shape[1:])
+            buffer = packed.new_zeros(len(self.lengths_B), self._room, *packed.shape[1:])
             buffer[doc_N, column_N] = packed
             store.append(buffer.transpose(1, 2).contiguous())
 
@@ -36,25 +48,31 @@ class KVCache:
         Raises:
             IndexError: a row's capacity is used up.
         """
-        if int(self.lengths_B.max()) >= self.capacity:
+        if self.longest >= self.capacity:
             raise IndexError(
                 f"KV cache of {self.capacity} tokens is full; prefill with more max_new_tokens"
             )
+        if self.longest >= self._room:
+            more = min(GROWTH, self.capacity - self._room)
+            self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
+            self._room += more
         self._call = 0
-        column_T = torch.arange(self.capacity, device=self.lengths_B.device)
+        column_T = torch.arange(self.longest + 1, device=self.lengths_B.device)
         return (column_T[None, :] <= self.lengths_B[:, None])[:, None, None, :]
 
     def append(self, k_BKD: Tensor, v_BKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write this step's key and value of the next attention call; returns both buffers."""
+        """Write this step's key and value of the next attention call; returns what it may see."""
         keys, values = self.keys[self._call], self.values[self._call]
         self._call += 1
         row_B = torch.arange(len(self.lengths_B), device=keys.device)
         keys[row_B, :, self.lengths_B] = k_BKD.to(keys.dtype)
         values[row_B, :, self.lengths_B] = v_BKD.to(values.dtype)
-        return keys, values
+        return keys[:, :, : self.longest + 1], values[:, :, : self.longest + 1]
 
     def finish_step(self) -> None:
         self.lengths_B += 1
+        self.longest += 1
 
     def keep(self, index_B: Tensor) -> None:
         """Keep only these rows, in this order (finished documents leave the batch)."""

@@ -143,7 +143,8 @@ class TinyONN(nn.Module):
         The cache has room for ``max_new_tokens`` more tokens of every document.
         """
         lengths_B = batch.layout.cu_seqlens.diff().long()
-        cache = KVCache(lengths_B, batch.layout.max_seqlen + max_new_tokens)
+        longest = batch.layout.max_seqlen
+        cache = KVCache(lengths_B, longest, longest + max_new_tokens)
         cache.task_B, cache.view_B = batch.task_B, batch.view_B
         last_B = batch.layout.cu_seqlens[1:].long() - 1
         return self.logits(self.hidden(batch, last_B, cache)), cache

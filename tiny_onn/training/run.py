@@ -128,8 +128,7 @@ class _Run:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if config.trainer.compile:
-            for block in model.blocks:
-                block.compile(dynamic=True)
+            model.compile_blocks()
         self._describe(model, trainer)
         data = PretrainData(
             lambda rank, world: EpochBatches(corpus, config.data, config.seed, rank, world),
