@@ -62,7 +62,7 @@ def test_float64_iteration_is_the_limit_of_the_bfloat16_one():
     torch.manual_seed(0)
     gradient = torch.randn(24, 16, dtype=torch.float64)
     moved = []
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in ("float64", "bfloat16"):
         p = torch.nn.Parameter(torch.zeros(24, 16, dtype=torch.float64))
         p.grad = gradient.clone()
         BatchedMuon([p], lr=1.0, weight_decay=0.0, ns_dtype=dtype).step()

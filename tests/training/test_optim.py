@@ -56,7 +56,7 @@ def test_both_rules_equal_their_own_optimizers():
     both = MuonAdamW(
         [
             {"params": [ours[0]], "kind": "muon", "lr": 0.1, "weight_decay": 0.1, "momentum": 0.95,
-             "ns_steps": 5, "ns_dtype": torch.bfloat16, "adjust": "original"},
+             "ns_steps": 5, "ns_dtype": "bfloat16", "adjust": "original"},
             {"params": [ours[1]], "kind": "adamw", "lr": 0.01, "weight_decay": 0.1,
              "betas": (0.9, 0.95), "eps": 1e-8},
         ]

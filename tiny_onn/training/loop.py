@@ -31,6 +31,9 @@ from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
 from tiny_onn.training.signals import StopSignals
 
 
+SMOOTHING = 50
+
+
 @dataclass
 class RunTotals:
     """What a run has done so far, over all processes; saved with every checkpoint."""
@@ -153,13 +156,17 @@ class RunLoop(L.Callback):
     ) -> None:
         step = self.totals.step
         self.totals.step = step + 1
-        self.monitor.add(step, outputs["loss"].detach())
+        loss = outputs["loss"].detach()
+        self.monitor.add(step, loss)
+        logging = self.totals.step % self.config.trainer.log_every_steps == 0
+        if self._on_cpu:  # an accelerator is waited for only at log steps
+            self._smooth(float(loss))
+        if self._on_cpu or logging:
+            self._require_finite_loss()
         if self.ema is not None:
             self.ema.update()
-        if self.totals.step % self._check_every == 0:
-            self._require_finite_loss()
         self.budget.end_step()
-        if self.totals.step % self.config.trainer.log_every_steps == 0:
+        if logging:
             self._log(trainer, module)
         elif self.progress.due():
             self._show(trainer)
@@ -179,7 +186,10 @@ class RunLoop(L.Callback):
         if self.stopped_by is not None:
             return
         with self._averaged():
-            weights = {k: _whole(v.detach()).cpu() for k, v in module.model.state_dict().items()}
+            weights = {
+                k: _whole(v.detach()).to("cpu", copy=True)
+                for k, v in module.model.state_dict().items()
+            }
         if trainer.is_global_zero and self.finish is not None:
             self.finish(weights)
         if self.holdout is not None:
@@ -297,9 +307,15 @@ class RunLoop(L.Callback):
         since, tokens = self._window
         return (self.totals.tokens - tokens) / max(time.monotonic() - since, 1e-9)
 
+    def _smooth(self, loss: float, steps: int = 1) -> None:
+        """The loss that is shown: an average over about the last SMOOTHING steps."""
+        weight = 1 - math.exp(-steps / SMOOTHING)
+        self.loss = loss if self.loss is None else self.loss + weight * (loss - self.loss)
+
     def _log(self, trainer: L.Trainer, module: Pretrain) -> None:
         loss = float(self.channel.gather(self.monitor.take_mean()).mean())
-        self.loss = loss if self.loss is None else 0.7 * self.loss + 0.3 * loss
+        if not self._on_cpu:
+            self._smooth(loss, self.config.trainer.log_every_steps)
         rate = self._tokens_per_s()
         if trainer.loggers:
             metrics = {

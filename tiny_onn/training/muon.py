@@ -81,10 +81,11 @@ def muon_update(
     weight_decay: float,
     momentum: float,
     ns_steps: int,
-    ns_dtype: torch.dtype,
+    ns_dtype: str,
     adjust: AdjustLr,
 ) -> None:
     """One Nesterov-momentum Muon step in place on 2-D parameters (FSDP2 shards too)."""
+    dtype = getattr(torch, ns_dtype)
     torch._foreach_lerp_(momenta, gradients, 1 - momentum)
     updates = torch._foreach_lerp(gradients, momenta, momentum)
     stacks: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -97,7 +98,7 @@ def muon_update(
         tall = [parameters[i].shape[0] > parameters[i].shape[1] for i in indices]
         whole = [_whole(updates[i]) for i in indices]
         stack_KRC = torch.stack(
-            [u.mT.to(ns_dtype) if t else u.to(ns_dtype) for u, t in zip(whole, tall, strict=True)]
+            [u.mT.to(dtype) if t else u.to(dtype) for u, t in zip(whole, tall, strict=True)]
         )
         ortho_KRC = orthogonalize(stack_KRC, ns_steps)
         for i, transpose, ortho in zip(indices, tall, ortho_KRC, strict=True):
@@ -133,7 +134,7 @@ def muon_defaults(
     weight_decay: float = 0.1,
     momentum: float = 0.95,
     ns_steps: int = 5,
-    ns_dtype: torch.dtype = torch.bfloat16,
+    ns_dtype: str = "bfloat16",
     adjust: AdjustLr = "original",
 ) -> dict[str, Any]:
     """The keys of a Muon parameter group."""
@@ -154,7 +155,8 @@ class BatchedMuon(torch.optim.Optimizer):
         params: 2-D parameters.
         lr, weight_decay, momentum, ns_steps, adjust: as in torch.optim.Muon, whose
             ``adjust_lr_fn`` is called ``adjust`` here.
-        ns_dtype: dtype of the iteration; bfloat16 as in the paper, float64 for checks.
+        ns_dtype: name of the iteration's dtype; bfloat16 as in the paper, float64 for checks
+            (a name, since checkpoint tools accept only plain values in groups).
     """
 
     def __init__(self, params: Iterable[Any], lr: float, **options: Any) -> None:

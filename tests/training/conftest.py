@@ -1,0 +1,132 @@
+"""A corpus of eight small tasks in ARC's format and runs on it that take seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiny_onn.config.schema import (
+    BudgetConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainerConfig,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def task_dir(tmp_path_factory):
+    """Eight tasks, three demonstrations and a test each; the output is the input turned over."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        pairs = []
+        for _ in range(4):
+            grid = rng.integers(0, 10, (int(rng.integers(2, 5)), int(rng.integers(2, 5))))
+            pairs.append({"input": grid.tolist(), "output": grid[::-1].tolist()})
+        task = {"train": pairs[:3], "test": pairs[3:]}
+        (folder / f"{number:08x}.json").write_text(json.dumps(task))
+    return folder
+
+
+@pytest.fixture
+def tiny(task_dir, tmp_path):
+    """Builds a configuration; keyword arguments replace whole sections' fields."""
+
+    def build(data=None, model=None, optim=None, budget=None, trainer=None, **top) -> Config:
+        sections = {
+            "data": DataConfig(
+                **{
+                    "sources": [],
+                    "extra_dirs": [str(task_dir)],
+                    "batch_tokens": 400,
+                    "views": "dihedral",
+                    **(data or {}),
+                }
+            ),
+            "model": ModelConfig(
+                **{
+                    "width": 32,
+                    "layers": 1,
+                    "heads": 2,
+                    "kv_heads": 2,
+                    "head_width": 16,
+                    "ffn_width": 48,
+                    **(model or {}),
+                }
+            ),
+            "optim": OptimConfig(**(optim or {})),
+            "budget": BudgetConfig(**(budget or {"steps": 6})),
+            "trainer": TrainerConfig(
+                **{
+                    "accelerator": "cpu",
+                    "precision": "fp32",
+                    "progress": False,
+                    "tensorboard": False,
+                    "log_every_steps": 1,
+                    "threads": 1,
+                    **(trainer or {}),
+                }
+            ),
+        }
+        return replace(Config(), out=str(tmp_path / "run"), **sections, **top)
+
+    return build
+
+
+RUN = """
+import json, sys
+from tiny_onn.config.schema import *
+from tiny_onn.errors import run_cli
+from tiny_onn.training.run import run_training
+
+given = json.loads(sys.argv[1])
+sections = {
+    "data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "budget": BudgetConfig,
+    "trainer": TrainerConfig, "ops": OpsConfig,
+}
+given = {k: sections[k](**v) if k in sections else v for k, v in given.items()}
+run_cli(lambda: run_training(Config(**given)))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts ``run_training(config)`` in a process of its own; returns the Popen."""
+    from dataclasses import asdict
+
+    started = []
+
+    def launch(config, launcher=(), **environment):
+        script = tmp_path / "run_config.py"
+        script.write_text(RUN)
+        process = subprocess.Popen(
+            [sys.executable, *launcher, str(script), json.dumps(asdict(config))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "OMP_WAIT_POLICY": "PASSIVE",
+                "OMP_NUM_THREADS": "1",
+                **environment,
+            },
+        )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
