@@ -10,10 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiny_onn.arc.corpus import Corpus
+from tiny_onn.arc.corpus import Corpus, Example
 from tiny_onn.arc.packing import Batch, pack
 from tiny_onn.arc.task import Grid, Pair
-from tiny_onn.arc.tokens import Document, document_length, encode_demos, encode_pair
+from tiny_onn.arc.tokens import (
+    Document,
+    document_length,
+    encode_demos,
+    encode_pair,
+    longest_orientation,
+)
 from tiny_onn.arc.view import NUM_DIHEDRALS, ViewSampler, apply_pair, fixed_colors, swaps_sides
 from tiny_onn.config.schema import DataConfig
 from tiny_onn.errors import UserError
@@ -43,7 +49,8 @@ class EpochBatches:
         rank, world: this process's share of every global batch.
 
     Raises:
-        UserError: ``data.batch_tokens`` or the corpus is too small for ``world`` processes.
+        UserError: ``data.batch_tokens`` or the corpus is too small for ``world`` processes, or
+            ``data.views_per_example`` is below 1.
     """
 
     def __init__(
@@ -51,8 +58,13 @@ class EpochBatches:
     ) -> None:
         assert 0 <= rank < world, (rank, world)
         self.corpus, self.data, self.seed, self.rank, self.world = corpus, data, seed, rank, world
+        if data.views_per_example < 1:
+            raise UserError(
+                f"got data.views_per_example={data.views_per_example}, expected at least 1; "
+                "use data.views=none to switch views off"
+            )
         self._check_budget()
-        self._views = ViewSampler(self._shown(), seed, data.views, data.views_per_example)
+        self.views = ViewSampler(self._shown(), seed, data.views, data.views_per_example)
         pairs = [example.pair for example in corpus.examples]
         self._upright = np.array([_length(pair, False) for pair in pairs])
         self._lying = np.array([_length(pair, True) for pair in pairs])
@@ -75,12 +87,7 @@ class EpochBatches:
 
     def _check_budget(self) -> None:
         """Every global batch must fit its longest document and give each rank one."""
-        longest = max(
-            max(_length(example.pair, False), _length(example.pair, True))
-            for example in self.corpus.examples
-        )
-        if self.data.context == "demos":
-            longest = self.data.max_tokens - 1
+        longest = max(self._longest(example) for example in self.corpus.examples)
         # starts are rounded to whole documents (longest tokens), so with this many tokens even
         # the smallest batch of the coarsest split keeps a document for every rank
         needed = longest if self.world == 1 else (2 * self.world + 1) * longest
@@ -95,6 +102,15 @@ class EpochBatches:
                 f"got {len(self.corpus.examples)} examples for {self.world} processes, expected "
                 "at least one each; use fewer devices"
             )
+
+    def _longest(self, example: Example) -> int:
+        """Input tokens of the example's longest possible document."""
+        length = longest_orientation(example.pair) - 1
+        if self.data.context == "pair":
+            return length
+        demos = self.corpus.tasks[example.task].demos
+        shown = sum(longest_orientation(demo) for demo in demos if demo is not example.pair)
+        return min(length + shown, self.data.max_tokens - 1)
 
     def num_batches(self, epoch: int) -> int:
         """Batches of this epoch (lengths differ a little between views, so epochs do too)."""
@@ -119,7 +135,7 @@ class EpochBatches:
         return place if turn % 2 == 0 else self.world - 1 - place
 
     def _document(self, example: int, epoch: int, plan: _Plan) -> Document:
-        source, view = self.corpus.examples[example], self._views.view(example, epoch)
+        source, view = self.corpus.examples[example], self.views.view(example, epoch)
         query = apply_pair(view, source.pair)
         if self.data.context == "pair":
             return encode_pair(query, source.task, view.dihedral)
@@ -137,7 +153,7 @@ class EpochBatches:
         num_examples = len(self.corpus.examples)
         rng = np.random.default_rng([self.seed, epoch, num_examples])
         order = rng.permutation(num_examples)
-        swapped = SWAPS_SIDES[self._views.dihedrals(epoch)]
+        swapped = SWAPS_SIDES[self.views.dihedrals(epoch)]
         lengths = np.where(swapped, self._lying, self._upright)
         demos: list[list[Pair]] = []
         if self.data.context == "demos":

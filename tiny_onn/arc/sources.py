@@ -114,7 +114,7 @@ def load_path(path: str | Path, read_answers: bool) -> list[Task]:
     tasks: list[Task] = []
     origin: dict[str, Path] = {}
     for file in files:
-        for task in _load_file(file, root.name, read_answers):
+        for task in _load_file(file, root.resolve().name, read_answers):
             if task.id in origin:
                 raise UserError(
                     f"'{file}': got task '{task.id}' again, already in '{origin[task.id]}', "

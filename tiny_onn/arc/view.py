@@ -202,9 +202,9 @@ def sample_views(task: Task, count: int, rng: np.random.Generator) -> list[View]
     grids = [grid for demo in task.demos for grid in (demo.input, demo.output)]
     space = ViewSpace(grids + list(task.test_inputs), fixed_colors(task))
     views = [IDENTITY]
-    for index in space.draw(min(count, space.size), rng).tolist():
+    for number, index in enumerate(space.draw(count, rng).tolist()):
         if index != space.identity_index:
-            views.append(space.view(index, int(rng.integers(NUM_DIHEDRALS))))
+            views.append(space.view(index, number))
     return views[:count]
 
 
