@@ -8,7 +8,6 @@ import time
 STARTED = time.monotonic()  # before the heavy imports: budget.minutes counts them too
 
 from tiny_onn.config.load import load_train_config  # noqa: E402
-
 from tiny_onn.errors import run_cli  # noqa: E402
 
 

@@ -30,7 +30,6 @@ from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
 from tiny_onn.training.signals import StopSignals
 
-
 SMOOTHING = 50
 
 
@@ -118,9 +117,7 @@ class RunLoop(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: Pretrain) -> None:
         self.channel = StepChannel()
         self.monitor = LossMonitor(module.device)
-        self._check_every = (
-            1 if module.device.type == "cpu" else self.config.trainer.log_every_steps
-        )
+        self._on_cpu = module.device.type == "cpu"
 
     def on_train_start(self, trainer: L.Trainer, module: Pretrain) -> None:
         if self.config.optim.ema_decay > 0:
