@@ -23,9 +23,9 @@ const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 // ---- drawing -------------------------------------------------------------------------------
 
-function gridCanvas(code, label, truth) {
+function gridCanvas(code, label, truth, side) {
   const rows = code.split("/");
-  const canvas = el("canvas", { role: "img", "aria-label": `${label}, ${rows.length} rows by ${rows[0].length} columns` });
+  const canvas = el("canvas", { class: side || "out", role: "img", "aria-label": `${label}, ${rows.length} rows by ${rows[0].length} columns` });
   canvas.style.setProperty("--w", rows[0].length);
   canvas.style.setProperty("--h", rows.length);
   drawings.set(canvas, { rows, truth: truth ? truth.split("/") : null });
@@ -91,13 +91,25 @@ function redraw(everything) {
 
 // ---- cards ---------------------------------------------------------------------------------
 
-function cellSize(grids, target) {
-  const side = Math.max(...grids.map((code) => { const rows = code.split("/"); return Math.max(rows.length, rows[0].length); }));
-  return Math.max(4, Math.min(22, Math.floor(target / side)));
+const longestSide = (grids) => Math.max(1, ...grids.map((code) => { const rows = code.split("/"); return Math.max(rows.length, rows[0].length); }));
+
+// Pixels a cell for inputs and for outputs: each fills the target, neither over twice the other.
+function cellSizes(inputs, outputs, target) {
+  const fit = (grids) => Math.max(4, Math.min(22, Math.floor(target / longestSide(grids))));
+  const [one, two] = [fit(inputs), fit(outputs)];
+  return [Math.min(one, 2 * two), Math.min(two, 2 * one)];
 }
 
-function figure(code, label, truth, caption, below) {
-  const picture = code === null ? el("div", { class: "absent" }, "no grid") : gridCanvas(code, label, truth);
+function setCells(node, inputs, outputs, wide, narrow) {
+  for (const [name, target] of [["wide", wide], ["narrow", narrow]]) {
+    const [one, two] = cellSizes(inputs, outputs, target);
+    node.style.setProperty(`--in-${name}`, `${one}px`);
+    node.style.setProperty(`--out-${name}`, `${two}px`);
+  }
+}
+
+function figure(code, label, truth, caption, below, side) {
+  const picture = code === null ? el("div", { class: "absent" }, "no grid") : gridCanvas(code, label, truth, side);
   return el("figure", {}, el("figcaption", {}, ...caption), picture, ...below);
 }
 
@@ -124,7 +136,7 @@ function confidence(attempt) {
     lines.push(el("div", { class: "votes" }, bar));
     lines.push(el("span", {}, `${attempt.votes} of ${plural(attempt.views, "vote")} (${Math.round(100 * share)}%)`));
   }
-  if (typeof attempt.logprob === "number") lines.push(el("span", {}, `log-likelihood ${attempt.logprob.toFixed(2)}`));
+  if (typeof attempt.logprob === "number") lines.push(el("span", {}, `log-likelihood ${attempt.logprob.toFixed(2).replace("-", "−")}`));
   return lines.length ? [el("div", { class: "confidence" }, ...lines)] : [];
 }
 
@@ -140,36 +152,32 @@ function attemptFigure(attempt, rank, truth) {
 }
 
 function card(task, index) {
-  const demoGrids = task.demos.flat();
-  const testGrids = task.tests.flatMap((test) => [test.input, test.truth, ...test.attempts.map((a) => a.grid)]).filter(Boolean);
   const right = task.tests.filter((test) => test.outcome === "solved").length;
   const notes = task.tests.length > 1 ? [el("span", { class: "note" }, task.outcome === "unknown" ? plural(task.tests.length, "test") : `${right} of ${task.tests.length} tests right`)] : [];
   const demos = el("div", { class: "demos" }, ...task.demos.map(([input, output], number) => el("div", { class: "pair" },
-    gridCanvas(input, `demonstration ${number + 1} input`), el("span", { class: "arrow" }, "→"),
+    gridCanvas(input, `demonstration ${number + 1} input`, null, "in"), el("span", { class: "arrow" }, "→"),
     gridCanvas(output, `demonstration ${number + 1} output`))));
+  setCells(demos, task.demos.map((pair) => pair[0]), task.demos.map((pair) => pair[1]), 150, 132);
   const node = el("article", { class: "task", id: `task-${task.id}`, "data-outcome": task.outcome, tabindex: "-1" },
     el("header", {},
       el("h2", {}, el("a", { href: `#task=${encodeURIComponent(task.id)}` }, task.id)),
       el("span", { class: `badge ${task.outcome}` }, el("span", { class: "dot" }), NAMES[task.outcome]), ...notes),
     el("p", { class: "label" }, plural(task.demos.length, "demonstration")), demos,
     ...task.tests.map((test, number) => testRow(test, number, task.tests.length)));
-  const set = (name, value) => node.style.setProperty(name, `${value}px`);
-  set("--demo-wide", cellSize(demoGrids, 150));
-  set("--demo-narrow", cellSize(demoGrids, 132));
-  set("--cell-wide", cellSize(testGrids, 220));
-  set("--cell-narrow", cellSize(testGrids, 156));
   cards.push({ task, node, index });
   return node;
 }
 
 function testRow(test, number, total) {
   const caption = (name, code) => [el("b", {}, name), ` ${size(code)}`, el("br"), "\u00a0"];
-  const figures = [figure(test.input, "test input", null, caption("Input", test.input), []),
+  const figures = [figure(test.input, "test input", null, caption("Input", test.input), [], "in"),
     ...test.attempts.map((attempt, rank) => attemptFigure(attempt, rank, test.truth))];
   if (test.truth !== null) figures.push(figure(test.truth, "truth", null, caption("Truth", test.truth), []));
+  const answers = [test.truth, ...test.attempts.map((attempt) => attempt.grid)].filter(Boolean);
+  const grids = el("div", { class: "grids" }, ...figures);
+  setCells(grids, [test.input], answers, 220, 156);
   return el("section", { class: "test", "data-outcome": test.outcome },
-    el("p", { class: "label" }, total > 1 ? `Test ${number + 1} of ${total}` : "Test"),
-    el("div", { class: "grids" }, ...figures));
+    el("p", { class: "label" }, total > 1 ? `Test ${number + 1} of ${total}` : "Test"), grids);
 }
 
 // ---- top of the page -----------------------------------------------------------------------
@@ -215,7 +223,9 @@ function show(change, keepAddress) {
     node.hidden = !((state.filter === "all" || task.outcome === state.filter) && task.id.toLowerCase().includes(query));
   }
   for (const button of byId("filters").children) {
-    button.setAttribute("aria-pressed", String(button.dataset.filter === state.filter));
+    const pressed = button.dataset.filter === state.filter;
+    button.setAttribute("aria-pressed", String(pressed));
+    if (pressed) keepInSight(button);
   }
   const count = visible().length;
   byId("shown").textContent = `${plural(count, "task")} shown`;
@@ -228,6 +238,13 @@ function show(change, keepAddress) {
     if (query) parts.set("q", state.query.trim());
     history.replaceState(null, "", `#${parts}`);
   }
+}
+
+function keepInSight(button) {
+  const strip = byId("filters");
+  const [outer, inner] = [strip.getBoundingClientRect(), button.getBoundingClientRect()];
+  const before = inner.left - 40 - outer.left, after = inner.right + 40 - outer.right;
+  if (after > 0) strip.scrollLeft += after; else if (before < 0) strip.scrollLeft += before;
 }
 
 function mark(index, scroll) {
