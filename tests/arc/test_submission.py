@@ -5,13 +5,12 @@ import sys
 import numpy as np
 import pytest
 
+from tiny_onn.arc.parse import grid_problem, read_json
 from tiny_onn.arc.submission import (
     build_submission,
     filler_grid,
     find_problems,
-    grid_problem,
     plain_grid,
-    read_json,
     validate_submission,
     write_submission,
 )

