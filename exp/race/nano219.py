@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from tiny_onn.arc.score import load_solutions, score_submission
+from tiny_onn.arc.select import official_nano_ids
 from tiny_onn.arc.sources import load_challenges
 from tiny_onn.arc.task import Pair, Task
 from tiny_onn.errors import run_cli
@@ -34,8 +35,7 @@ SPLITS = ("arc1:training", "arc1:evaluation")
 
 def nano_ids() -> dict[str, set[str]]:
     """Ids of track nano by split: training (147) and evaluation (72)."""
-    ids = json.loads((ROOT / "tiny_onn" / "arc" / "nano_ids.json").read_text())
-    return {split: set(ids[split.split(":")[1]]) for split in SPLITS}
+    return {split: set(ids) for split, ids in official_nano_ids().items()}
 
 
 def write_challenges(path: Path) -> list[Task]:

@@ -95,9 +95,7 @@ def test_two_varlen_calls_make_prefix_attention(share):
         return dense_varlen(q.double(), k.double(), v.double(), *rest).to(q.dtype)
 
     got = plan_varlen(spans, exact)(*inputs)
-    torch.testing.assert_close(
-        got.double(), plan_reference(spans)(*wide), rtol=3e-2, atol=3e-2
-    )
+    torch.testing.assert_close(got.double(), plan_reference(spans)(*wide), rtol=3e-2, atol=3e-2)
 
 
 def test_documents_do_not_see_each_other():

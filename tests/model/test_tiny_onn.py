@@ -69,9 +69,7 @@ def test_step_logits_equal_the_parallel_forward(changes):
         if not alive:
             break
         tokens = torch.tensor([int(docs[order[s]].tokens[cursor[s]]) for s in alive])
-        positions = torch.tensor(
-            np.stack([docs[order[s]].positions[cursor[s]] for s in alive])
-        )
+        positions = torch.tensor(np.stack([docs[order[s]].positions[cursor[s]] for s in alive]))
         logits = model.step(tokens, positions, cache)
         for s in alive:
             cursor[s] += 1

@@ -1,6 +1,7 @@
 """Two processes (gloo) repeat one process with the same global batch."""
 
 import csv
+import json
 import signal
 import socket
 import time
@@ -30,7 +31,7 @@ def torchrun(port):
 def curve(config):
     path = Path(config.out) / "logs" / "version_0" / "metrics.csv"
     with open(path) as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
 def finish(process):
@@ -41,15 +42,25 @@ def finish(process):
 
 @pytest.mark.parametrize(("strategy", "launch"), [("ddp", "torchrun"), ("fsdp", "lightning")])
 def test_two_processes_repeat_the_loss_curve_of_one(tiny, start, tmp_path, strategy, launch):
-    settings = {"optim": {"ema_decay": 0.5}, "budget": {"steps": 8}}
+    settings = {
+        "data": {"holdout": "demos"},
+        "optim": {"ema_decay": 0.5},
+        "budget": {"steps": 8},
+    }
     one = replace(tiny(**settings), out=str(tmp_path / "one"))
     two = replace(
-        tiny(**settings, trainer={"devices": 2, "strategy": strategy}), out=str(tmp_path / "two")
+        tiny(**settings, trainer={"devices": 2, "strategy": strategy}),
+        out=str(tmp_path / "two"),
     )
     run_training(one)
     output = finish(start(two, torchrun(free_port()) if launch == "torchrun" else ()))
     assert output.count("trained 8 steps") == 1, output
     assert curve(two) == pytest.approx(curve(one), rel=1e-5)
+    measured = [json.loads((Path(c.out) / "metrics.json").read_text()) for c in (one, two)]
+    nll = [facts["holdout"]["nll_per_token"] for facts in measured]
+    assert nll[1] == pytest.approx(nll[0], rel=1e-3)
+    for key in ("tokens", "target_tokens", "train_flops"):
+        assert measured[0][key] == measured[1][key]
     a, b = (load_file(Path(c.out) / "checkpoint" / "weights.safetensors") for c in (one, two))
     assert a.keys() == b.keys()
     for name in a:  # Newton-Schulz in bfloat16 magnifies the last bits of the gradients

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from tiny_onn.training.muon import COEFFICIENTS, BatchedMuon, lr_adjustment, orthogonalize
+from tiny_onn.training.muon import (
+    COEFFICIENTS,
+    BatchedMuon,
+    lr_adjustment,
+    orthogonalize,
+)
 
 
 def polynomial_of_singular_values(matrix: torch.Tensor, steps: int) -> torch.Tensor:
@@ -37,7 +42,8 @@ SHAPES = [(16, 16), (24, 16), (16, 24), (16, 16), (24, 16), (8, 40)]
 
 
 @pytest.mark.parametrize(
-    ("adjust", "torch_adjust"), [("original", "original"), ("match_rms_adamw", "match_rms_adamw")]
+    ("adjust", "torch_adjust"),
+    [("original", "original"), ("match_rms_adamw", "match_rms_adamw")],
 )
 def test_batched_muon_follows_torch_muon(adjust, torch_adjust):
     torch.manual_seed(0)

@@ -6,7 +6,14 @@ from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.muon import BatchedMuon
 from tiny_onn.training.optim import MuonAdamW, build_optimizer, split_parameters
 
-TINY = dict(width=32, layers=2, heads=2, kv_heads=1, head_width=16, ffn_width=48)
+TINY = {
+    "width": 32,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_width": 16,
+    "ffn_width": 48,
+}
 
 
 def tiny_model(**options):

@@ -8,7 +8,15 @@ class Terminal(io.StringIO):
         return True
 
 
-FACTS = dict(share=0.5, step=12, loss=1.5, tokens_per_s=12345.0, lr=0.01, elapsed=61.0, left=3700.0)
+FACTS = {
+    "share": 0.5,
+    "step": 12,
+    "loss": 1.5,
+    "tokens_per_s": 12345.0,
+    "lr": 0.01,
+    "elapsed": 61.0,
+    "left": 3700.0,
+}
 
 
 def test_a_pipe_gets_whole_lines_at_most_every_ten_seconds():
@@ -21,7 +29,14 @@ def test_a_pipe_gets_whole_lines_at_most_every_ten_seconds():
             line.show(**FACTS)
     assert stream.getvalue().count("\n") == 3
     first = stream.getvalue().splitlines()[0]
-    for part in ("50.0%", "step 12", "loss 1.5000", "12,345 tok/s", "1.00e-02", "1:01 < 1:01:40"):
+    for part in (
+        "50.0%",
+        "step 12",
+        "loss 1.5000",
+        "12,345 tok/s",
+        "1.00e-02",
+        "1:01 < 1:01:40",
+    ):
         assert part in first
 
 

@@ -1,90 +1,105 @@
-"""``--help``: stages, presets and every key with its type, default and one-line meaning."""
+"""What ``--help`` prints: stages, presets, every key with type, default and meaning, examples."""
 
 from __future__ import annotations
 
-import typing
-from dataclasses import MISSING, fields, is_dataclass
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
 
-from tiny_onn.config.load import choices, configs_folder
+from tiny_onn.config.keys import Key, keys_of
 from tiny_onn.config.schema import Config, SubmitConfig
+
+WIDTH = 100
 
 TRAIN_EXAMPLES = """\
 examples:
-  python train.py stage=pretrain preset=nano
-  python train.py stage=pretrain preset=nano budget.minutes=2 out=runs/quick
-  python train.py stage=pretrain preset=small data.extra_dirs=[my_tasks]
-  torchrun --nproc-per-node 8 train.py preset=base trainer.devices=8 trainer.strategy=ddp"""
+  python train.py stage=pretrain preset=nano out=runs/demo
+  python train.py preset=small data.sources=[arc1,my_tasks.json] budget.minutes=45 seed=1
+  python train.py preset=nano budget.epochs=20 data.holdout=train_tests model.width=192
+  torchrun --nproc-per-node=8 train.py preset=base trainer.devices=8 trainer.strategy=ddp
+"""
 
 SUBMIT_EXAMPLES = """\
 examples:
-  python submit.py checkpoint=runs/pretrain-nano track=nano solutions=arc1:evaluation
-  python submit.py checkpoint=runs/x challenges=challenges.json predict.minutes=5 out=answers"""
+  python submit.py checkpoint=runs/demo solutions=arc1:evaluation
+  python submit.py checkpoint=runs/demo challenges=arc-agi_test_challenges.json out=submission
+  python submit.py checkpoint=runs/demo predict.minutes=5
+"""
 
 
-def _type_name(annotation: object) -> str:
-    if typing.get_origin(annotation) is typing.Literal:
-        return "|".join(str(value) for value in typing.get_args(annotation))
-    if annotation is type(None):
-        return "null"
-    if typing.get_origin(annotation) is not None and typing.get_origin(annotation) is not list:
-        return "|".join(_type_name(part) for part in typing.get_args(annotation))
-    return str(annotation) if typing.get_origin(annotation) else annotation.__name__
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def key_lines(schema: type, prefix: str = "") -> list[str]:
-    """``key=default  (type)  meaning``, one line a key, nested keys dotted."""
-    types = typing.get_type_hints(schema)
-    lines = []
-    for entry in fields(schema):
-        if is_dataclass(types[entry.name]):
-            lines += ["", *key_lines(types[entry.name], f"{prefix}{entry.name}.")]
-            continue
-        default = entry.default if entry.default is not MISSING else entry.default_factory()
-        shown = f"{prefix}{entry.name}={_text(default)}"
-        kind = _type_name(types[entry.name])
-        lines.append(f"  {shown:<44} {entry.metadata['help']} ({kind})")
-    return lines
-
-
-def _comments(kind: str) -> list[str]:
-    lines = []
-    for name in choices(kind):
-        first = (configs_folder() / kind / f"{name}.yaml").read_text().splitlines()[0]
-        lines.append(f"  {kind}={name:<12} {first.lstrip('# ')}")
-    return lines
-
-
-def train_help() -> str:
-    """What ``python train.py --help`` prints."""
+def train_help(stages: Mapping[str, Path], presets: Mapping[str, Path]) -> str:
+    """Text of ``train.py --help``; stages and presets are described by their files' first line."""
     return "\n".join(
         [
-            "usage: python train.py [stage=...] [preset=...] [key=value ...]",
+            "usage: python train.py [stage=STAGE] [preset=PRESET] [key=value ...]",
             "",
-            *_comments("stage"),
-            *_comments("preset"),
+            "Trains a model from scratch on ARC tasks. Later settings win: defaults < "
+            "configs/base.yaml",
+            "< configs/stage/STAGE.yaml < configs/preset/PRESET.yaml < key=value.",
             "",
-            "keys, with the default of the schema (base.yaml, the stage and the preset change some):",
-            *key_lines(Config),
+            "stages:",
+            *_files(stages),
             "",
-            TRAIN_EXAMPLES,
+            "presets:",
+            *_files(presets),
+            "",
+            *_keys(keys_of(Config)),
+            "",
+            TRAIN_EXAMPLES.rstrip(),
         ]
     )
 
 
 def submit_help() -> str:
-    """What ``python submit.py --help`` prints."""
+    """Text of ``submit.py --help``."""
     return "\n".join(
         [
             "usage: python submit.py checkpoint=RUN [key=value ...]",
             "",
-            *key_lines(SubmitConfig),
+            "Predicts two attempts for every test input, writes submission.json and report.html, "
+            "and",
+            "scores them where solutions are given. Later settings win: defaults < "
+            "configs/submit.yaml",
+            "< key=value.",
             "",
-            SUBMIT_EXAMPLES,
+            *_keys(keys_of(SubmitConfig)),
+            "",
+            SUBMIT_EXAMPLES.rstrip(),
         ]
     )
+
+
+def _files(files: Mapping[str, Path]) -> list[str]:
+    column = max(map(len, files)) + 2
+    return [f"  {name:<{column}}{_first_comment(path)}" for name, path in files.items()]
+
+
+def _first_comment(path: Path) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.readline().lstrip("#").strip()
+
+
+def _keys(keys: Mapping[str, Key]) -> list[str]:
+    lines = ["keys (default; a preset may set another):"]
+    group = ""
+    for key in keys.values():
+        head = key.name.rpartition(".")[0]
+        if head != group:
+            lines.append("")
+            group = head
+        lines.append(f"  {key.name}={_default(key)}  ({key.expected})")
+        lines += textwrap.wrap(key.help, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def _default(key: Key) -> str:
+    value = key.default
+    if value == "???":
+        return "(required)"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    return str(value)

@@ -1,13 +1,14 @@
-"""Settings: schema defaults < configs/base.yaml < stage < preset < ``key=value`` arguments.
+"""Command line and YAML to a frozen configuration, and back.
 
-The only importer of OmegaConf. What comes out are the frozen dataclasses of ``schema``.
+Later layers win: schema defaults < configs/base.yaml < configs/stage/<stage>.yaml <
+configs/preset/<preset>.yaml < ``key=value`` arguments (submit: schema < configs/submit.yaml <
+arguments). The only file that knows OmegaConf, and PyYAML for the error type OmegaConf raises.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,246 +16,305 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tiny_onn.config.check import (
+    EXCLUSIVE,
+    check_model,
+    check_ranges,
+    check_submit,
+    check_train,
+)
+from tiny_onn.config.help import submit_help, train_help
+from tiny_onn.config.keys import Key, keys_of, suggestion
 from tiny_onn.config.schema import Config, SubmitConfig
 from tiny_onn.errors import UserError
 
-BUDGETS = ("minutes", "epochs", "steps")
-T = TypeVar("T", Config, SubmitConfig)
+AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig)
+
+_HELP_FLAGS = frozenset({"-h", "--help", "help"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings of one origin: flat {full key: value} and the words that name the origin."""
+
+    values: dict[str, Any]
+    origin: str
 
 
 def configs_folder() -> Path:
-    """configs/ of the checkout, or its copy inside the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "configs", package.parent / "configs"):
+    """The YAML files: beside the package's modules in a wheel, else of the source tree."""
+    here = Path(__file__).resolve()
+    for folder in (here.parents[1] / "configs", here.parents[2] / "configs"):
         if (folder / "base.yaml").is_file():
             return folder
-    raise UserError(f"got no configs/base.yaml beside or in '{package}'; expected one; reinstall")
+    raise UserError(
+        f"configs/base.yaml is missing beside '{here.parents[1]}'; expected the repository or a "
+        "complete installation; install again"
+    )
 
 
-def choices(kind: str) -> list[str]:
-    """Names of the YAML files in configs/<kind> (stage or preset)."""
+def names_in(kind: str) -> list[str]:
+    """Names of the stages (``kind="stage"``) or presets (``kind="preset"``), sorted."""
     return sorted(path.stem for path in (configs_folder() / kind).glob("*.yaml"))
 
 
-def key_paths(schema: type) -> list[str]:
-    """Every key of a schema, dotted."""
-    paths = []
-    for entry in fields(schema):
-        nested = entry.default_factory if is_dataclass(entry.default_factory) else None
-        if nested is None:
-            paths.append(entry.name)
-        else:
-            paths += [f"{entry.name}.{path}" for path in key_paths(nested)]
-    return paths
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """"; did you mean X" for the most similar known word, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _nearest_key(path: str, known: Sequence[str]) -> str:
-    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    direct = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
-    leaf = difflib.get_close_matches(path.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
-    if direct or leaf:
-        return f"; did you mean {direct[0] if direct else by_leaf[leaf[0]]}?"
-    return "; --help lists every key"
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"cannot read '{path}' ({line}); expected YAML; mend the file") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"'{path}' holds a {type(content).__name__}; expected keys and values")
-    return content
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    paths = []
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        paths += _flatten(value, f"{path}.") if isinstance(value, dict) else [path]
-    return paths
-
-
-def _arguments(argv: Sequence[str], schema: type) -> DictConfig:
-    known = key_paths(schema)
-    for word in argv:
-        path, equals, _ = word.partition("=")
-        if not equals:
-            raise UserError(
-                f"got argument '{word}', expected key=value{_nearest_key(word.lstrip('-'), known)}"
-            )
-        if path not in known:
-            raise UserError(f"got unknown key '{path}'{_nearest_key(path, known)}")
-    try:
-        return OmegaConf.from_dotlist(list(argv))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(
-            f"cannot read arguments {' '.join(argv)} ({_first_line(error)}); expected key=value"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _merge(schema: type[T], layers: Sequence[tuple[str, Any]]) -> T:
-    """Merge (where, layer) on the schema, in order; errors name key and origin."""
-    config = OmegaConf.structured(schema)
-    known = key_paths(schema)
-    for where, layer in layers:
-        plain = OmegaConf.to_container(layer) if isinstance(layer, DictConfig) else layer
-        for path in _flatten(plain):
-            if path not in known:
-                raise UserError(f"{where}: got unknown key '{path}'{_nearest_key(path, known)}")
-        try:
-            config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as error:
-            path = getattr(error, "full_key", None) or "?"
-            raise UserError(
-                f"{where}: {path}: {_first_line(error)}; --help lists what {path} takes"
-            ) from error
-    try:
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise UserError(f"got no {missing[0]}; expected {missing[0]}=...; --help explains it")
-        return OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise UserError(f"settings: {_first_line(error)}; --help lists every key") from error
-
-
-def _one_budget(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer that sets one kind of budget clears the kinds of the layers below it."""
-    given = layer.get("budget")
-    if not isinstance(given, dict) or all(given.get(k) is None for k in BUDGETS):
-        return layer
-    return {**layer, "budget": {k: given.get(k) for k in BUDGETS} | given}
-
-
-def _check(config: Config) -> None:
-    positive = {
-        "data.batch_tokens": config.data.batch_tokens,
-        "data.max_tokens": config.data.max_tokens,
-        "data.views_per_example": config.data.views_per_example,
-        "model.width": config.model.width,
-        "model.layers": config.model.layers,
-        "model.loops": config.model.loops,
-        "model.heads": config.model.heads,
-        "model.kv_heads": config.model.kv_heads,
-        "model.ffn_width": config.model.ffn_width,
-        "trainer.devices": config.trainer.devices,
-        "trainer.nodes": config.trainer.nodes,
-        "trainer.log_every_steps": config.trainer.log_every_steps,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UserError(f"got {name}={value}; expected a number above 0; change it")
-    model = config.model
-    if model.heads % model.kv_heads:
-        raise UserError(
-            f"got model.kv_heads={model.kv_heads}; expected a divisor of model.heads={model.heads}"
-        )
-    if model.head_width % 2 or model.head_width < 8:
-        raise UserError(f"got model.head_width={model.head_width}; expected an even number >= 8")
-    if model.vocab_size != 14:
-        raise UserError(f"got model.vocab_size={model.vocab_size}; expected 14, the ARC tokens")
-    if config.data.loss_on_inputs and model.mask == "prefix":
-        raise UserError(
-            "got data.loss_on_inputs=true with model.mask=prefix, where inputs see themselves; "
-            "expected model.mask=causal; set it"
-        )
-    given = {k: v for k in BUDGETS if (v := getattr(config.budget, k)) is not None}
-    if len(given) != 1:
-        got = ", ".join(f"budget.{k}={v}" for k, v in given.items()) or "no budget"
-        raise UserError(f"got {got}; expected one of budget.minutes, budget.epochs, budget.steps")
-    ((name, value),) = given.items()
-    if not 0 < value < float("inf"):
-        raise UserError(f"got budget.{name}={value}; expected a number above 0; give more")
-
-
-def _chosen(arguments: DictConfig, kind: str, default: str) -> str:
-    name = str(arguments.get(kind, default))
-    known = choices(kind)
-    if name not in known:
-        raise UserError(
-            f"got unknown {kind} '{name}'; expected one of {', '.join(known)}{nearest(name, known)}"
-        )
-    return name
-
-
-def load_train_config(argv: Sequence[str]) -> Config | None:
-    """The configuration of ``python train.py ARGV``; None after printing help.
+def load_train_config(arguments: Sequence[str]) -> Config | None:
+    """What ``train.py`` was asked for; None when it was help, which is printed.
 
     Raises:
-        UserError: unknown keys, stages or presets, values of a wrong type, impossible settings.
+        UserError: an unknown stage, preset or key, a wrong type or value, settings that do not
+            fit together.
     """
-    if {"-h", "--help"} & set(argv):
-        from tiny_onn.config.help import train_help
-
-        print(train_help())
-        return None
-    arguments = _arguments(argv, Config)
-    folder = configs_folder()
-    stage = _chosen(arguments, "stage", "pretrain")
-    preset = _chosen(arguments, "preset", "nano")
-    layers: list[tuple[str, Any]] = [
-        (str(path), _one_budget(_read_yaml(path)))
-        for path in (
-            folder / "base.yaml",
-            folder / "stage" / f"{stage}.yaml",
-            folder / "preset" / f"{preset}.yaml",
+    if _HELP_FLAGS.intersection(arguments):
+        print(
+            train_help(
+                {n: configs_folder() / "stage" / f"{n}.yaml" for n in names_in("stage")},
+                {n: configs_folder() / "preset" / f"{n}.yaml" for n in names_in("preset")},
+            )
         )
-    ]
-    plain = OmegaConf.to_container(arguments)
-    given = {**_one_budget(plain), "stage": stage, "preset": preset}
-    config = _merge(Config, [*layers, ("arguments", given)])
-    _check(config)
-    return config
+        return None
+    return load_config(arguments)
 
 
-def load_submit_config(argv: Sequence[str]) -> SubmitConfig | None:
-    """The configuration of ``python submit.py ARGV``; None after printing help.
+def load_submit_config(arguments: Sequence[str]) -> SubmitConfig | None:
+    """What ``submit.py`` was asked for; None when it was help, which is printed.
 
     Raises:
         UserError: as :func:`load_train_config`.
     """
-    if {"-h", "--help"} & set(argv):
-        from tiny_onn.config.help import submit_help
-
+    if _HELP_FLAGS.intersection(arguments):
         print(submit_help())
         return None
-    arguments = _arguments(argv, SubmitConfig)
-    path = configs_folder() / "submit.yaml"
-    layers = [(str(path), _read_yaml(path)), ("arguments", arguments)]
-    config = _merge(SubmitConfig, layers)
-    predict = config.predict
-    if predict.views is None and predict.minutes is None:
-        raise UserError("got neither predict.views nor predict.minutes; expected one; set it")
-    for name, value in (("views", predict.views), ("minutes", predict.minutes)):
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"got predict.{name}={value}; expected a number above 0; give more")
-    if predict.batch_tokens <= 0:
-        raise UserError(f"got predict.batch_tokens={predict.batch_tokens}; expected above 0")
+    return load_submit(arguments)
+
+
+def load_config(arguments: Sequence[str] = ()) -> Config:
+    """The frozen :class:`Config` of ``key=value`` arguments, all interpolations resolved.
+
+    Raises:
+        UserError: as :func:`load_train_config`.
+    """
+    keys = keys_of(Config)
+    asked = _argument_layer(arguments, keys)
+    layers = [_file_layer(configs_folder() / "base.yaml", keys)]
+    for kind in ("stage", "preset"):
+        name, names = asked.values.get(kind, keys[kind].default), names_in(kind)
+        if name not in names:
+            raise UserError(
+                f"unknown {kind} '{name}'; expected one of {', '.join(names)}; "
+                + suggestion(str(name), names, "choose one of them")
+            )
+        layers.append(_file_layer(configs_folder() / kind / f"{name}.yaml", keys))
+    config = _build(Config, keys, [*layers, asked])
+    check_train(config)
+    return config
+
+
+def load_submit(arguments: Sequence[str] = ()) -> SubmitConfig:
+    """The frozen :class:`SubmitConfig` of ``key=value`` arguments.
+
+    Raises:
+        UserError: as :func:`load_train_config`.
+    """
+    keys = keys_of(SubmitConfig)
+    asked = _argument_layer(arguments, keys)
+    base = _file_layer(configs_folder() / "submit.yaml", keys)
+    config = _build(SubmitConfig, keys, [base, asked])
+    check_submit(config)
     return config
 
 
 def dump_config(config: Config | SubmitConfig) -> str:
-    """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """YAML text of every key, that :func:`load_saved_config` reads back equal."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuration") -> Config:
+    """A :class:`Config` from nested plain values that hold every key and no other.
+
+    Missing keys are errors, not defaults: a torn file must not become another model. Budget and
+    data are not checked, for a checkpoint is used, not trained again.
+
+    Raises:
+        UserError: an unknown, missing or wrong value; ``origin`` names where.
+    """
+    keys = keys_of(Config)
+    values = dict(_flatten(saved, keys, origin))
+    missing = [name for name in keys if name not in values]
+    if missing:
+        raise UserError(
+            f"{origin} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; expected "
+            "every key; it is torn or of another version: train again"
+        )
+    config = _build(Config, keys, [Layer(values, origin)])
+    check_model(config.model)
+    return config
 
 
 def load_saved_config(path: str | Path) -> Config:
-    """A configuration written by :func:`dump_config` (a run's or a checkpoint's config.yaml).
+    """The configuration that :func:`dump_config` wrote to ``path``.
 
     Raises:
-        UserError: missing, torn, or of another version's schema.
+        UserError: no such file, not YAML, or not a whole configuration.
     """
-    return _merge(Config, [(str(path), _read_yaml(Path(path)))])
+    origin = f"configuration '{path}'"
+    return config_from_dict(_read_yaml(Path(path), origin), origin)
+
+
+def _read_yaml(path: Path, origin: str) -> dict[str, Any]:
+    try:
+        node = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(
+            f"{origin} cannot be read ({error.strerror}); expected a YAML file; check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"{origin} is not YAML ({_first_line(error)}); expected key: value lines; mend it"
+        ) from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{origin} holds a list; expected key: value lines; mend it")
+    return OmegaConf.to_container(node, resolve=False)
+
+
+def _file_layer(path: Path, keys: Mapping[str, Key]) -> Layer:
+    origin = f"configs/{path.relative_to(configs_folder())}"
+    return Layer(dict(_flatten(_read_yaml(path, origin), keys, origin)), origin)
+
+
+def _argument_layer(arguments: Sequence[str], keys: Mapping[str, Key]) -> Layer:
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not equals or not name or name.startswith("-"):
+            bare = argument.lstrip("-") or "key"
+            example = bare if "=" in bare else f"{bare}=VALUE"
+            raise UserError(f"got '{argument}'; expected key=value; write {example} or see --help")
+        values |= _flatten({name: _parse(name, text, keys)}, keys, "")
+    return Layer(values, "")
+
+
+def _parse(name: str, text: str, keys: Mapping[str, Key]) -> Any:
+    """Text as the key's type wants it: strings as they are, all else as YAML."""
+    key = keys.get(name)
+    if key is not None and (key.hint is str or key.choices):
+        return None if key.optional and text in ("null", "") else text
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=False)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        expected = key.expected if key else "a value in YAML"
+        raise UserError(f"got {name}={text}; expected {expected}; {_first_line(error)}") from error
+
+
+def _flatten(
+    values: Mapping[str, Any], keys: Mapping[str, Key], origin: str, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(full key, value) of a nested mapping; dotted names are allowed.
+
+    Raises:
+        UserError: a name that is no key, or a group given a value.
+    """
+    for part, value in values.items():
+        name = f"{prefix}{part}"
+        inside = [key for key in keys if key.startswith(f"{name}.")]
+        if name in keys:
+            yield name, value
+        elif inside and isinstance(value, Mapping):
+            yield from _flatten(value, keys, origin, f"{name}.")
+        elif inside:
+            raise UserError(
+                f"got {name}={value}{_in(origin)}; expected a key of the group {name}, such as "
+                f"{inside[0]}=...; see --help"
+            )
+        else:
+            raise UserError(
+                f"unknown key '{name}'{_in(origin)}; "
+                + suggestion(name, keys, "see --help for every key")
+            )
+
+
+def _build(schema: type[AnyConfig], keys: Mapping[str, Key], layers: list[Layer]) -> AnyConfig:
+    """Merge the layers over the schema's defaults, resolve, check ranges, freeze."""
+    tree = _writable(OmegaConf.structured(schema))
+    for layer in layers:
+        for name, value in (_displaced(layer.values) | layer.values).items():
+            _assign(tree, keys[name], value, layer.origin)
+    for name in keys:
+        if OmegaConf.is_missing(*_parent(tree, name)):
+            raise UserError(f"{name} is missing; expected {keys[name].help}; give {name}=VALUE")
+    try:
+        OmegaConf.resolve(tree)
+        config = OmegaConf.to_object(tree)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UserError(
+            f"a ${{...}} reference cannot be resolved ({_first_line(error)}); expected the full "
+            "name of another key; mend it"
+        ) from error
+    assert isinstance(config, schema)
+    check_ranges({name: OmegaConf.select(tree, name) for name in keys})
+    return config
+
+
+def _displaced(values: Mapping[str, Any]) -> dict[str, None]:
+    """Null for the alternatives of what a layer chooses: its minutes replace earlier epochs."""
+    displaced: dict[str, None] = {}
+    for group, names in EXCLUSIVE.items():
+        full = [f"{group}.{name}" for name in names]
+        if any(values.get(name) is not None for name in full):
+            displaced |= dict.fromkeys(full)
+    return displaced
+
+
+def _assign(tree: DictConfig, key: Key, value: Any, origin: str) -> None:
+    strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    try:
+        if key.is_list and not strings:
+            raise TypeError("not a list of texts")
+        if isinstance(value, bool) and key.hint is not bool:
+            raise TypeError("a truth value")
+        if key.hint is bool and not isinstance(value, bool) and not _is_reference(value):
+            raise TypeError("not a truth value")
+        if key.hint is str and isinstance(value, list | dict):
+            raise TypeError("not a text")
+        OmegaConf.update(tree, key.name, value, merge=False)
+    except (TypeError, OmegaConfBaseException) as error:
+        remedy = "change it"
+        if key.choices:
+            remedy = suggestion(str(value), key.choices, "choose one of them")
+        raise UserError(
+            f"got {key.name}={_as_written(value)}{_in(origin)}; expected {key.expected}; {remedy}"
+        ) from error
+
+
+def _as_written(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value)
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
+
+
+def _writable(tree: DictConfig) -> DictConfig:
+    """Frozen dataclasses make read-only nodes; open them while the layers are merged."""
+    OmegaConf.set_readonly(tree, False)
+    for name in tree:
+        if isinstance(tree._get_node(name), DictConfig):
+            _writable(tree._get_node(name))
+    return tree
+
+
+def _parent(tree: DictConfig, name: str) -> tuple[DictConfig, str]:
+    *groups, last = name.split(".")
+    for group in groups:
+        tree = tree[group]
+    return tree, last
+
+
+def _in(origin: str) -> str:
+    return f" in {origin}" if origin else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 GROWTH = 64
 """Tokens of room added when the buffers are full."""
 

@@ -200,7 +200,9 @@ def plan_sdpa(spans: DocumentSpans) -> Attend:
     def attend(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
         gqa = q_NHD.shape[1] != k_NKD.shape[1]
         if not unpadded:
-            q_NHD, k_NKD, v_NKD = (_Gather.apply(t, index_S, inverse_N) for t in (q_NHD, k_NKD, v_NKD))
+            q_NHD, k_NKD, v_NKD = (
+                _Gather.apply(t, index_S, inverse_N) for t in (q_NHD, k_NKD, v_NKD)
+            )
         outputs, start = [], 0
         for (count, longest), mask in zip(shapes, masks, strict=True):
             rows = slice(start, start + count * longest)

@@ -10,6 +10,9 @@ from statistics import median
 from tiny_onn.config.schema import BudgetConfig, OptimConfig
 from tiny_onn.errors import UserError
 
+FINISH_SECONDS = 0.7
+"""Kept free after the last step for writing the results and leaving Python (minutes only)."""
+
 
 def check_budget(config: BudgetConfig) -> None:
     """Exactly one positive budget.
@@ -97,7 +100,7 @@ class Budget:
         self._recent: deque[float] = deque(maxlen=9)
         self._mark: float | None = None
         self.reserve = 0.0
-        """Seconds kept for saving after the last step (minutes only)."""
+        """Seconds that saving takes, kept free after the last step (minutes only)."""
 
     def elapsed(self) -> float:
         """Seconds of training wall clock, earlier parts of a resumed run included."""
@@ -116,22 +119,23 @@ class Budget:
         """Predicted length of the next step; 0 before the first."""
         return median(self._recent) if self._recent else 0.0
 
-    def share(self, elapsed: float, step: int, step_seconds: float | None = None) -> float:
+    def share(self, elapsed: float, step: int) -> float:
         """Share of the budget at the middle of step number ``step`` (from 0) that begins now."""
         if self.steps is not None:
             return min(1.0, (step + 0.5) / self.steps)
-        assert self.seconds is not None
-        end = max(self.seconds - self.reserve, 1e-9)
-        ahead = self.step_seconds if step_seconds is None else step_seconds
-        return min(1.0, (elapsed + ahead / 2) / end)
+        return min(1.0, (elapsed + self.step_seconds / 2) / self._deadline)
 
-    def done(self, elapsed: float, step: int, step_seconds: float | None = None) -> bool:
+    def done(self, elapsed: float, step: int) -> bool:
         """Whether to stop before step number ``step``."""
         if self.steps is not None:
             return step >= self.steps
+        return elapsed + self.step_seconds / 2 >= self._deadline
+
+    @property
+    def _deadline(self) -> float:
+        """Seconds at which steps end: some are kept for saving, at most 1% of the budget."""
         assert self.seconds is not None
-        ahead = self.step_seconds if step_seconds is None else step_seconds
-        return elapsed + ahead / 2 >= self.seconds - self.reserve
+        return self.seconds - min(FINISH_SECONDS + self.reserve, 0.01 * self.seconds)
 
     def seconds_left(self, elapsed: float, step: int) -> float | None:
         """Estimated seconds to the end; None before anything was measured."""

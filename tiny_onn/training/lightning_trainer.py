@@ -47,7 +47,8 @@ def process_rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     # Lightning's own launcher numbers the processes it starts on each machine.
-    return int(os.environ.get("NODE_RANK", 0)) * 1000 + int(os.environ.get("LOCAL_RANK", 0))
+    node, local = (int(os.environ.get(name, "0")) for name in ("NODE_RANK", "LOCAL_RANK"))
+    return 1000 * node + local
 
 
 def make_loggers(folder: Path, tensorboard: bool) -> list[Logger]:
@@ -62,7 +63,9 @@ def _strategy(settings: TrainerConfig) -> str | Strategy:
     processes = settings.devices * settings.nodes
     if settings.strategy == "fsdp":
         return ModelParallelStrategy(
-            data_parallel_size=processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+            data_parallel_size=processes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
         )
     if settings.strategy == "ddp" or (settings.strategy == "auto" and processes > 1):
         return DDPStrategy(gradient_as_bucket_view=True)

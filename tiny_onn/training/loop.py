@@ -136,7 +136,10 @@ class RunLoop(L.Callback):
     ) -> None:
         assert batch.step == self.totals.step, (batch.step, self.totals.step)
         counts = self.channel.gather(
-            batch.num_targets, batch.num_tokens, batch.visible_pairs, len(batch.batch.task_B)
+            batch.num_targets,
+            batch.num_tokens,
+            batch.visible_pairs,
+            len(batch.batch.task_B),
         )
         targets, tokens, pairs, documents = (int(n) for n in counts.sum(dim=0))
         module.global_targets = targets
@@ -146,10 +149,15 @@ class RunLoop(L.Callback):
         self.totals.documents += documents
         # Dropout draws from a stream of its own for every step and process, so a resumed run
         # needs no saved generator state.
-        torch.manual_seed(step_seed(self.config.seed, batch.step, trainer.global_rank))
+        seed_step(module.device, step_seed(self.config.seed, batch.step, trainer.global_rank))
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: Pretrain, outputs: Any, batch: TrainBatch, index: int
+        self,
+        trainer: L.Trainer,
+        module: Pretrain,
+        outputs: Any,
+        batch: TrainBatch,
+        index: int,
     ) -> None:
         step = self.totals.step
         self.totals.step = step + 1
@@ -180,6 +188,7 @@ class RunLoop(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: Pretrain) -> None:
         self.progress.close()
+        self.signals.deferred = False
         if self.stopped_by is not None:
             return
         with self._averaged():
@@ -196,27 +205,27 @@ class RunLoop(L.Callback):
 
     def _prepare_next_step(self, trainer: L.Trainer) -> None:
         """Stop, checkpoint, measure, then set the learning rate; begins the step's clock."""
-        mine = (
-            self.budget.elapsed(),
-            self.budget.step_seconds,
+        # The first process's clock decides for all; a signal to any of them counts.
+        elapsed, step = self.budget.elapsed(), self.totals.step
+        rows = self.channel.gather(
+            elapsed,
+            self.budget.share(elapsed, step),
+            self.budget.done(elapsed, step),
             time.monotonic() - self._last_save,
-            float(self.signals.received or 0),
+            self.signals.received or 0,
         )
-        rows = self.channel.gather(*mine)
-        elapsed, step_seconds, since_save, _ = rows[0].tolist()
-        signum = int(rows[:, 3].max())
+        elapsed, share, done, since_save, _ = rows[0].tolist()
+        signum = int(rows[:, 4].max())
         self.totals.seconds = elapsed
-        done = self.budget.done(elapsed, self.totals.step, step_seconds)
         if done or signum:
-            self.stopped_by = signum if not done else None
+            self.stopped_by = None if done else signum
             trainer.should_stop = True
-            if self.totals.step != self.saved_step:
+            if step != self.saved_step:
                 self.save(trainer)
             return
-        self._maybe_measure_holdout(trainer, elapsed)
+        self._maybe_measure_holdout(trainer, share)
         if self._save_due(since_save):
             self.save(trainer)
-        share = self.budget.share(elapsed, self.totals.step, step_seconds)
         optimizer: MuonAdamW = trainer.optimizers[0]
         optimizer.set_lr_scale(lr_scale(share, self.config.optim))
         self.budget.begin_step()
@@ -247,11 +256,10 @@ class RunLoop(L.Callback):
                 f"the last checkpoint is {kept}; free some space"
             )
 
-    def _maybe_measure_holdout(self, trainer: L.Trainer, elapsed: float) -> None:
+    def _maybe_measure_holdout(self, trainer: L.Trainer, share: float) -> None:
         every = self.config.trainer.holdout_share
         if self.holdout is None or every <= 0:
             return
-        share = self.budget.share(elapsed, self.totals.step)
         if share < self.totals.next_holdout * every:
             return
         self.totals.next_holdout = int(share / every) + 1
@@ -351,6 +359,14 @@ class RunLoop(L.Callback):
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of the random numbers of one step in one process."""
     return (seed * 1_000_003 + step) * 10_007 + rank
+
+
+def seed_step(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of ``device`` (torch.manual_seed takes a millisecond:
+    it keeps a stack trace for every kind of accelerator that is not in use)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.utils import clip_grad_norm_
 
 from tiny_onn.config.schema import OptimConfig
@@ -32,6 +32,8 @@ class Pretrain(L.LightningModule):
         for block in self.model.blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
+        for name in ("prefill", "step"):  # decoding gathers the weights too
+            register_fsdp_forward_method(self.model, name)
 
     def configure_optimizers(self) -> MuonAdamW:
         return build_optimizer(self.model, self.optim)

@@ -26,7 +26,11 @@ def code_version() -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
-                ("git", "-C", str(root), *arguments), capture_output=True, text=True, timeout=20
+                ("git", "-C", str(root), *arguments),
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=20,
             )
         except (FileNotFoundError, subprocess.TimeoutExpired):
             return None
@@ -65,21 +69,21 @@ def device_name(device: torch.device) -> str:
 
 
 def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int:
-    """Floating-point operations of the training steps, forward and backward, no recomputation.
+    """Floating-point operations of the training steps' matrix products, forward and backward.
 
-    6 per weight of a matrix and row that passes it (tokens for the blocks, target rows for the
-    head, documents for the task modulation), 12 per head channel and visible query-key pair.
+    6 per weight of a matrix and row that passes it: tokens for the blocks (after the last
+    attention only rows with a target), target rows for the head, documents for the task
+    modulation; 12 per head channel and visible query-key pair. Newton-Schulz is not counted.
     """
-    per_token = per_document = 0
+    products = config.width * config.vocab_size * totals.targets
+    last = f"blocks.{config.layers - 1}."
     for name, p in split_parameters(model)["matrices"].items():
-        if ".film." in name:
-            per_document += p.numel()
-        else:
-            per_token += p.numel()
-    weights = config.loops * (per_token * totals.tokens + per_document * totals.documents)
-    head = config.width * config.vocab_size * totals.targets
-    attention = config.loops * config.layers * config.heads * config.head_width
-    return 6 * (weights + head) + 12 * attention * totals.visible_pairs
+        rows = config.loops * (totals.documents if ".film." in name else totals.tokens)
+        if name.startswith(last) and (".attention.out." in name or ".ffn." in name):
+            rows -= totals.tokens - totals.targets
+        products += p.numel() * rows
+    channels = config.loops * config.layers * config.heads * config.head_width
+    return 6 * products + 12 * channels * totals.visible_pairs
 
 
 def provenance(
@@ -100,6 +104,7 @@ def provenance(
         "preset": config.preset,
         "seed": config.seed,
         "data_sha256": corpus_hash(corpus),
+        "sources_sha256": {n: c.sha256 for n, c in corpus.report.sources.items()},
         "tasks": len(corpus.task_ids),
         "examples": len(corpus.examples),
         "steps": totals.step,

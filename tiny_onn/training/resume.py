@@ -104,7 +104,13 @@ def _read_state(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f"record {damaged} is damaged")
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)[STATE_KEY]
-    except (zipfile.BadZipFile, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        KeyError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:
         raise ValueError(f"{type(error).__name__}") from error
     return state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shlex
 import sys
 import time
@@ -80,6 +81,11 @@ def _how_to_go_on() -> str:
     return f"go on with: {command}"
 
 
+def _without_nan(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
+    """JSON knows no NaN: what was not measured is null."""
+    return metrics and {k: None if math.isnan(v) else v for k, v in metrics.items()}
+
+
 class _Run:
     def __init__(self, config: Config, started: float, signals: StopSignals) -> None:
         self.config, self.started, self.signals = config, started, signals
@@ -138,7 +144,10 @@ class _Run:
         )
         try:
             trainer.fit(
-                module, data, ckpt_path=str(restored.path) if restored else None, weights_only=True
+                module,
+                data,
+                ckpt_path=str(restored.path) if restored else None,
+                weights_only=True,
             )
         finally:
             self.signals.deferred = False
@@ -206,13 +215,22 @@ class _Run:
         )
 
     def _finish(
-        self, loop: RunLoop, module: Pretrain, corpus: Corpus, weights: dict[str, torch.Tensor]
+        self,
+        loop: RunLoop,
+        module: Pretrain,
+        corpus: Corpus,
+        weights: dict[str, torch.Tensor],
     ) -> None:
         """Save the trained model (first process only)."""
         model = build_model(self.config.model, len(corpus.task_ids))
         model.load_state_dict(weights)
         facts = provenance(
-            self.config, model, corpus, loop.totals, module.device, module.trainer.world_size
+            self.config,
+            model,
+            corpus,
+            loop.totals,
+            module.device,
+            module.trainer.world_size,
         )
         save_checkpoint(self.folder / CHECKPOINT, model, self.config, corpus.task_ids, facts)
         loop.facts = facts
@@ -222,7 +240,7 @@ class _Run:
             "finished": True,
             "loss": loop.loss,
             "minutes": round(loop.totals.seconds / 60, 4),
-            "holdout": loop.final_holdout,
+            "holdout": _without_nan(loop.final_holdout),
             **loop.facts,
         }
         atomic_write_text(self.folder / METRICS, json.dumps(metrics, indent=1, sort_keys=True))

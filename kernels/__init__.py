@@ -1,0 +1,1 @@
+"""Triton kernels of the sparse paths (none yet: the dense baseline needs none)."""

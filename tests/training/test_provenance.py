@@ -1,0 +1,72 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tiny_onn.arc.corpus import build_corpus
+from tiny_onn.arc.dataset import EpochBatches
+from tiny_onn.losses.language import output_nll
+from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.training.datamodule import prepare
+from tiny_onn.training.loop import RunTotals
+from tiny_onn.training.provenance import code_version, corpus_hash, train_flops
+
+
+@pytest.mark.parametrize("modulation", ["none", "film"])
+@pytest.mark.parametrize("loops", [1, 2])
+def test_flops_of_the_weights_are_those_torch_counts(tiny, loops, modulation):
+    config = tiny(model={"loops": loops, "layers": 2, "task_modulation": modulation})
+    corpus = build_corpus(config.data)
+    model = build_model(config.model, len(corpus.task_ids))
+    batch = prepare(EpochBatches(corpus, config.data, 0).batch(0, 0), step=0)
+    with FlopCounterMode(display=False) as counter:
+        logits_MV = model(batch.batch, batch.rows_M).logits_MV
+        output_nll(logits_MV, batch.targets_M)[0].backward()
+    totals = RunTotals(
+        tokens=batch.num_tokens, targets=batch.num_targets, documents=len(batch.batch.task_B)
+    )
+    counted = counter.get_flop_counts()["Global"]
+    assert train_flops(model, config.model, totals) == counted[torch.ops.aten.mm]
+
+
+def test_visible_pairs_are_those_of_the_mask(tiny):
+    config = tiny()
+    batch = EpochBatches(build_corpus(config.data), config.data, 0).batch(0, 0)
+    layout = batch.layout
+    for causal in (False, True):
+        expected = 0
+        for length, prefix in zip(layout.lengths, layout.prefixes, strict=True):
+            see = torch.ones(length, length).tril().bool()
+            if not causal:
+                see[:prefix, :prefix] = True
+            expected += int(see.sum())
+        assert prepare(batch, 0, causal).visible_pairs == expected
+
+
+def test_attention_counts_twelve_per_channel_and_visible_pair(tiny):
+    config = tiny(model={"layers": 3})
+    model = build_model(config.model, 8)
+    flops = train_flops(model, config.model, RunTotals(visible_pairs=1000))
+    assert flops == 12 * 3 * (2 * 16) * 1000
+
+
+def test_the_corpus_hash_sees_every_cell_and_every_task(tiny, task_dir, tmp_path):
+    config = tiny()
+    first = corpus_hash(build_corpus(config.data))
+    assert corpus_hash(build_corpus(config.data)) == first
+    for number, path in enumerate(task_dir.iterdir()):
+        text = path.read_text()
+        (tmp_path / path.name).write_text(text if number else flip(text))
+    changed = tiny(data={"extra_dirs": [str(tmp_path)]})
+    assert corpus_hash(build_corpus(changed.data)) != first
+
+
+def flip(text):
+    """The first cell of the first grid changed."""
+    place = text.index("[[") + 2
+    return text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+
+
+def test_the_code_version_names_a_commit_in_a_checkout():
+    version = code_version()
+    if version["commit"] is not None:
+        assert len(version["commit"]) == 40 and isinstance(version["dirty"], bool)
