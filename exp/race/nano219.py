@@ -152,6 +152,7 @@ def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: l
         "eval": scores(submission, ids["arc1:evaluation"], solutions)
         | {"nll_per_output_token": nll["eval"]},
     }
+    (ROOT / "exp" / "results").mkdir(exist_ok=True)
     path = ROOT / "exp" / "results" / f"race_nano219_seed{seed}.json"
     atomic_write_text(path, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
@@ -164,7 +165,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=29.5, help="clock of the whole run")
     parser.add_argument(
-        "--predict-minutes", type=float, default=2.0, help="of these, kept for prediction"
+        "--predict-minutes", type=float, default=2.5, help="of these, kept for prediction"
     )
     parser.add_argument("--views", type=int, default=16)
     parser.add_argument("overrides", nargs="*", help="key=value for train.py")

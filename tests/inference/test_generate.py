@@ -121,7 +121,8 @@ def test_without_grammar_what_is_no_grid_is_a_failure_with_a_reason(stub):
 
     def score(row):
         logits = np.zeros(VOCAB)
-        logits[script[row.task][len(row.written)]] = 9.0
+        script_here = script[row.task]  # rows that are done are fed until they leave
+        logits[script_here[min(len(row.written), len(script_here) - 1)]] = 9.0
         return logits
 
     asked = [encode_prompt(np.zeros((1, 1), np.uint8), task=task) for task in script]

@@ -143,8 +143,8 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
     missing = [name for name in keys if name not in values]
     if missing:
         raise UserError(
-            f"{origin} lacks {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; expected "
-            "every key; it is torn or of another version: train again"
+            f"{origin} lacks {missing[0]} (and {len(missing) - 1} more); expected every key; "
+            "it is torn or of another version: train again"
         )
     config = _build(Config, keys, [Layer(values, origin)])
     check_model(config.model)
@@ -187,7 +187,7 @@ def _argument_layer(arguments: Sequence[str], keys: Mapping[str, Key]) -> Layer:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals or not name or name.startswith("-"):
-            bare = argument.lstrip("-") or "key"
+            bare = argument.strip("-=") or "key"
             example = bare if "=" in bare else f"{bare}=VALUE"
             raise UserError(f"got '{argument}'; expected key=value; write {example} or see --help")
         values |= _flatten({name: _parse(name, text, keys)}, keys, "")
@@ -235,7 +235,7 @@ def _flatten(
 
 def _build(schema: type[AnyConfig], keys: Mapping[str, Key], layers: list[Layer]) -> AnyConfig:
     """Merge the layers over the schema's defaults, resolve, check ranges, freeze."""
-    tree = _writable(OmegaConf.structured(schema))
+    tree = _writable(OmegaConf.structured(schema), keys)
     for layer in layers:
         for name, value in (_displaced(layer.values) | layer.values).items():
             _assign(tree, keys[name], value, layer.origin)
@@ -281,6 +281,8 @@ def _assign(tree: DictConfig, key: Key, value: Any, origin: str) -> None:
         remedy = "change it"
         if key.choices:
             remedy = suggestion(str(value), key.choices, "choose one of them")
+        elif key.is_list and isinstance(value, str):
+            remedy = f"write {key.name}=[{value}]"
         raise UserError(
             f"got {key.name}={_as_written(value)}{_in(origin)}; expected {key.expected}; {remedy}"
         ) from error
@@ -296,12 +298,11 @@ def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
-def _writable(tree: DictConfig) -> DictConfig:
+def _writable(tree: DictConfig, keys: Mapping[str, Key]) -> DictConfig:
     """Frozen dataclasses make read-only nodes; open them while the layers are merged."""
     OmegaConf.set_readonly(tree, False)
-    for name in tree:
-        if isinstance(tree._get_node(name), DictConfig):
-            _writable(tree._get_node(name))
+    for group in dict.fromkeys(name.rpartition(".")[0] for name in keys if "." in name):
+        OmegaConf.set_readonly(OmegaConf.select(tree, group), False)
     return tree
 
 

@@ -115,7 +115,7 @@ class PredictConfig:
     vote: Literal["count", "count_then_likelihood", "sum_prob"] = key(
         "count_then_likelihood", "how candidates are ranked"
     )
-    batch_tokens: int = key(16384, "cache tokens of a decoding batch")
+    batch_tokens: int = key(49152, "cache tokens of a decoding batch")
 
 
 @dataclass(frozen=True)
