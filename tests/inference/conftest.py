@@ -37,13 +37,13 @@ class StubCache:
 
 
 class StubModel(torch.nn.Module):
-    """``score(history) -> 14 logits``. Notes the rows of every prefill and step."""
+    """``score(history) -> 14 logits``. Notes every row asked, and the sizes of batches."""
 
     def __init__(self, score, on_step=lambda: None):
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))
         self.score, self.on_step = score, on_step
-        self.prefills, self.steps, self.caches = [], [], []
+        self.prefills, self.steps, self.asked = [], [], []
 
     def _logits(self, cache):
         return torch.tensor(np.array([self.score(row) for row in cache.rows]), dtype=torch.float32)
@@ -62,8 +62,9 @@ class StubModel(torch.nn.Module):
             for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
         ]
         self.prefills.append(len(rows))
-        self.caches.append(StubCache(rows, max_new_tokens))
-        return self._logits(self.caches[-1]), self.caches[-1]
+        self.asked += rows
+        cache = StubCache(rows, max_new_tokens)
+        return self._logits(cache), cache
 
     def step(self, tokens_B, positions_B3, cache):
         self.steps.append(len(tokens_B))

@@ -93,7 +93,7 @@ def test_every_token_is_fed_at_the_position_encode_pair_gives_it(random_stub):
     asked = prompts()
     made = generate(random_stub, asked, SIZES, batch_tokens=1)
     assert random_stub.prefills == [1] * 6
-    fed = {tuple(c.rows[0].tokens[: c.rows[0].prompt_len]): c.rows[0] for c in random_stub.caches}
+    fed = {tuple(row.tokens[: row.prompt_len]): row for row in random_stub.asked}
     for prompt, generation in zip(asked, made, strict=True):
         row = fed[tuple(prompt.tokens.tolist())]
         document = encode_pair(Pair(np.zeros((1, 1), np.uint8), generation.grid))

@@ -150,7 +150,7 @@ def test_an_unknown_task_has_no_vector_and_is_counted(random_stub, make_task):
     task = make_task([((2, 2), (2, 2))], [(2, 2)])
     made = predict_tasks(random_stub, [task], {"other": 0}, PredictConfig(views=1), SEED)
     assert made.stats.unknown_tasks == 1
-    assert [row.task for cache in random_stub.caches for row in cache.rows] == [-1]
+    assert [row.task for row in random_stub.asked] == [-1]
 
 
 def test_what_is_no_grid_is_no_candidate_but_counted_by_kind(stub, make_task):
@@ -173,14 +173,13 @@ def test_context_demos_shows_the_demonstrations_in_the_same_view(random_stub, ma
     task = make_task([((2, 2), (2, 2)), ((3, 2), (3, 2))], [(2, 3)])
     config = PredictConfig(views=2)
     predict_tasks(random_stub, [task], {}, config, SEED, context="demos")
-    rows = [row for cache in random_stub.caches for row in cache.rows]
     for view in task_views(task, 2, SEED):
         shown = [encode_pair(apply_pair(view, demo)).tokens for demo in task.demos]
         shown.append(encode_prompt(apply(view, task.test_inputs[0])).tokens)
         expected = np.concatenate(shown).tolist()
-        assert expected in [row.tokens[: row.prompt_len] for row in rows]
+        assert expected in [row.tokens[: row.prompt_len] for row in random_stub.asked]
     predict_tasks(random_stub, [task], {}, config, SEED, context="demos", max_tokens=40)
-    short = random_stub.caches[-1].rows[0]
+    short = random_stub.asked[-1]
     assert Counter(short.tokens[: short.prompt_len])[START] == 2
 
 
@@ -210,16 +209,16 @@ def timed(stub, seconds_of_step):
 
 def asked_views(model, num_tests):
     """How often every test input was asked, by (task, length of its prompt)."""
-    counts = Counter((row.task, row.prompt_len) for cache in model.caches for row in cache.rows)
+    counts = Counter((row.task, row.prompt_len) for row in model.asked)
     assert len(counts) == num_tests
     return counts
 
 
-@pytest.mark.parametrize("minutes", [0.5, 1.0, 4.0])
-def test_minutes_are_used_but_not_exceeded_and_views_are_equal(stub, minutes):
+@pytest.mark.parametrize(("minutes", "step"), [(0.5, 0.05), (1.0, 0.3), (4.0, 1.0)])
+def test_minutes_are_used_but_not_exceeded_and_views_are_equal(stub, minutes, step):
     solved = [solved_task("a", 0, ((5, 5), (6, 6))), solved_task("b", 1, ((4, 4),))]
     tasks = [task for task, _ in solved]
-    model, clock = timed(stub, lambda t: 0.05)
+    model, clock = timed(stub, lambda t: step)
     config = PredictConfig(views=None, minutes=minutes)
     made = predict_tasks(model, tasks, rows_of(tasks), config, SEED, clock=clock)
     used = clock.now - 100.0
@@ -227,7 +226,7 @@ def test_minutes_are_used_but_not_exceeded_and_views_are_equal(stub, minutes):
     assert used >= 0.6 * minutes * 60
     assert made.stats.seconds == pytest.approx(used)
     assert set(asked_views(model, 3).values()) == {made.stats.views}
-    assert made.stats.fewest_views == made.stats.views > 4
+    assert made.stats.fewest_views == made.stats.views > 1
     assert made.stats.discarded_prompts == 0
     for tests in made.candidates.values():
         for candidates in tests:

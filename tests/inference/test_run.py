@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,8 +54,7 @@ def job(tmp_path, make_task):
 
 
 def read(job, name):
-    with open(f"{job.out}/{name}") as file:
-        return json.load(file)
+    return json.loads(Path(job.out, name).read_text())
 
 
 def test_a_run_writes_submission_candidates_score_and_page(job, capsys):
@@ -75,7 +75,7 @@ def test_a_run_writes_submission_candidates_score_and_page(job, capsys):
             assert list(shape) == record["size_rule"]
     assert predictions["stats"]["num_prompts"] == 12
     assert read(job, SCORE)["num_outputs"] == 3
-    page = open(f"{job.out}/{REPORT}").read()
+    page = Path(job.out, REPORT).read_text()
     assert "t0" in page and "abc" in page
     printed = capsys.readouterr().out
     for words in ("task mean", "per output", "strict", SUBMISSION, REPORT, "no fallback"):
