@@ -1,5 +1,6 @@
 """Killed and stopped runs, as real processes, end with the weights of an undisturbed one."""
 
+import os
 import signal
 import time
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.run import run_training
 
 SETTINGS = {
@@ -48,17 +50,60 @@ def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(tiny, start, tmp_p
     assert weights(whole) == weights(killed)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_says_how_to_go_on_and_does(tiny, start, tmp_path, number, status):
+def test_a_stopped_run_says_how_to_go_on_and_does(tiny, start, tmp_path):
     settings = SETTINGS | {"trainer": {"checkpoint_steps": 0}}
     whole = replace(tiny(**settings, budget={"steps": 60}), out=str(tmp_path / "whole"))
     stopped = replace(whole, out=str(tmp_path / "stopped"))
     run_training(whole)
     process = start(stopped)
     wait_for(tmp_path / "stopped" / "logs" / "version_0" / "metrics.csv", process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == status, output
+    assert process.returncode == 143, output
     assert "go on with: python" in output and "Traceback" not in output
-    finish(start(stopped))
+    run_training(stopped)
     assert weights(whole) == weights(stopped)
+
+
+@pytest.mark.parametrize("step", [0, 7, 19])
+def test_ctrl_c_checkpoints_after_the_step_it_meets(tiny, tmp_path, monkeypatch, capsys, step):
+    whole = replace(tiny(**SETTINGS, budget={"steps": 20}), out=str(tmp_path / "whole"))
+    stopped = replace(whole, out=str(tmp_path / "stopped"))
+    run_training(whole)
+    original = Pretrain.training_step
+
+    def training_step(self, batch, batch_idx):
+        if batch.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Pretrain, "training_step", training_step)
+    status = run_training(stopped)
+    monkeypatch.undo()
+    assert status == (130 if step < 19 else 0)  # after its last step a run is done, not stopped
+    if step < 19:
+        assert f"stopped at step {step + 1}" in capsys.readouterr().out
+        assert run_training(stopped) == 0
+    assert weights(whole) == weights(stopped)
+
+
+def test_a_torn_newest_checkpoint_goes_on_from_the_one_before(tiny, tmp_path, monkeypatch, capsys):
+    whole = replace(tiny(**SETTINGS, budget={"steps": 20}), out=str(tmp_path / "whole"))
+    torn = replace(whole, out=str(tmp_path / "torn"))
+    run_training(whole)
+    original = Pretrain.training_step
+
+    def training_step(self, batch, batch_idx):
+        if batch.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Pretrain, "training_step", training_step)
+    assert run_training(torn) == 143
+    monkeypatch.undo()
+    newest = tmp_path / "torn" / "resume.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert run_training(torn) == 0
+    out = capsys.readouterr().out
+    assert "torn" in out and "going on from step 10 " in out
+    assert weights(whole) == weights(torn)

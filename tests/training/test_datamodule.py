@@ -1,0 +1,48 @@
+import itertools
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tiny_onn.arc.corpus import build_corpus
+from tiny_onn.arc.dataset import EpochBatches
+from tiny_onn.training.datamodule import Positions, StepStream, prepare
+
+
+def test_positions_walk_through_epochs_of_different_lengths():
+    positions = Positions([2, 1, 3].__getitem__)
+    expected = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
+    assert [positions.locate(step) for step in range(6)] == expected
+    assert positions.locate(4) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(1, 4), (2, 8), (2.5, 10), (0.25, 1), (0.01, 1), (1.9, 8)]
+)
+def test_steps_of_a_budget_in_epochs(epochs, steps):
+    assert Positions(lambda epoch: 4).steps(epochs) == steps
+
+
+def test_rows_are_those_with_a_target(tiny):
+    config = tiny()
+    batch = EpochBatches(build_corpus(config.data), config.data, 0).batch(0, 0)
+    ready = prepare(batch, step=3)
+    assert ready.rows_M.tolist() == [i for i, t in enumerate(batch.targets_N.tolist()) if t >= 0]
+    assert torch.equal(ready.targets_M, batch.targets_N[ready.rows_M])
+    assert (ready.step, ready.num_tokens) == (3, len(batch.tokens_N))
+    assert ready.num_targets == batch.num_target_tokens
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("first", [0, 5])
+def test_a_stream_from_any_step_with_any_workers_gives_the_same_batches(tiny, workers, first):
+    config = tiny()
+    epochs = EpochBatches(build_corpus(config.data), config.data, 0)
+    loader = DataLoader(StepStream(epochs, first), batch_size=None, num_workers=workers)
+    got = list(itertools.islice(loader, 7))
+    assert [b.step for b in got] == list(range(first, first + 7))
+    positions = Positions(epochs.num_batches)
+    for batch in got:
+        expected = epochs.batch(*positions.locate(batch.step))
+        assert torch.equal(batch.batch.tokens_N, expected.tokens_N)
+        assert torch.equal(batch.batch.task_B, expected.task_B)
