@@ -24,11 +24,13 @@ from tiny_onn.training.budget import Budget, lr_scale
 from tiny_onn.training.datamodule import TrainBatch
 from tiny_onn.training.distributed import StepChannel
 from tiny_onn.training.ema import WeightEma
+from tiny_onn.training.loss_monitor import LossMonitor
 from tiny_onn.training.optim import MuonAdamW
 from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
 from tiny_onn.training.signals import StopSignals
+from tiny_onn.training.step_seed import seed_step, step_seed
 
 SMOOTHING = 50
 
@@ -45,32 +47,6 @@ class RunTotals:
     seconds: float = 0.0
     next_holdout: int = 1
     """Number of the next hold-out measurement, in units of trainer.holdout_share."""
-
-
-class LossMonitor:
-    """Mean loss and the first step that was not finite, without waiting for the accelerator."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._count = 0
-
-    def add(self, step: int, loss: Tensor) -> None:
-        self._sum += loss
-        self._count += 1
-        bad = (self._first_bad < 0) & ~torch.isfinite(loss)
-        self._first_bad = torch.where(bad, step, self._first_bad)
-
-    def first_bad(self) -> int:
-        """Step number, or -1. Waits for the accelerator."""
-        return int(self._first_bad)
-
-    def take_mean(self) -> float:
-        """Mean since the last call. Waits for the accelerator."""
-        mean = float(self._sum) / max(1, self._count)
-        self._sum.zero_()
-        self._count = 0
-        return mean
 
 
 class RunLoop(L.Callback):
@@ -354,19 +330,6 @@ class RunLoop(L.Callback):
             elapsed=elapsed,
             left=self.budget.seconds_left(elapsed, step),
         )
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """Seed of the random numbers of one step in one process."""
-    return (seed * 1_000_003 + step) * 10_007 + rank
-
-
-def seed_step(device: torch.device, seed: int) -> None:
-    """Seed the generators of the CPU and of ``device`` (torch.manual_seed takes a millisecond:
-    it keeps a stack trace for every kind of accelerator that is not in use)."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 def _whole(tensor: Tensor) -> Tensor:
