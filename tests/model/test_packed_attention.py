@@ -12,7 +12,7 @@ from tiny_onn.model.packed_attention import (
     plan_varlen,
 )
 
-LENGTHS = [(1,), (5,), (1, 1, 7), (3, 4, 4, 9, 30), (64, 64), (17, 200, 300)]
+LENGTHS = [(1,), (5,), (1, 1, 7), (3, 4, 4, 9, 30), (17, 64, 64), (300,)]
 
 
 def make_spans(lengths, prefix_share):
@@ -57,7 +57,7 @@ def tensors(lengths, heads, kv_heads, width=8):
     return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.parametrize("lengths", LENGTHS[:5])
+@pytest.mark.parametrize("lengths", LENGTHS[:4])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_reference_equals_three_loops(lengths, share):
     spans = make_spans(lengths, share)
