@@ -140,6 +140,12 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
     """
     keys = keys_of(Config)
     values = dict(_flatten(saved, keys, origin))
+    references = [name for name, value in values.items() if "${" in str(value)]
+    if references:
+        raise UserError(
+            f"got {references[0]}={values[references[0]]} in {origin}; expected a plain value; "
+            "write what the reference stands for"
+        )
     missing = [name for name in keys if name not in values]
     if missing:
         raise UserError(
