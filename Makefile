@@ -1,32 +1,40 @@
-# make demo: train, predict, submit, score on two cores in ten minutes. make test: everything.
+# make demo: train, predict, submit and score on two CPU cores in ten minutes (after the set-up)
+# make test: linter and the whole suite      make bench: speed      make race: nano219, three seeds
+# PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
 PYTHON ?= python3
+PIP_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PIP := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: demo test lint bench race setup
+.PHONY: setup demo test lint bench race
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "error: no $(PYTHON) here, expected Python 3.10 or newer; on Debian: apt-get install python3 python3-venv"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "error: got $$($(PYTHON) --version 2>&1), expected Python 3.10 or newer; set PYTHON=python3.x"; exit 2; }
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || \
-		{ rm -rf $(VENV); echo "error: cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 2; }
-	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt torch
-	$(RUN) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+		{ echo "error: got $$($(PYTHON) --version), expected Python 3.10 or newer; give PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
+	@echo "setting up $(VENV) (once, some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 demo: setup
 	$(RUN) train.py stage=pretrain preset=nano out=runs/demo resume=false
 	$(RUN) submit.py checkpoint=runs/demo track=nano solutions=arc1:evaluation
 
-test: setup lint
+test: lint
 	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest
 
 lint: setup
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 bench: setup
 	for script in exp/bench/*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
