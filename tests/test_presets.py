@@ -1,0 +1,51 @@
+"""Every preset's own data, optimizer and batches, with the network shrunk, from train to score."""
+
+import json
+
+import pytest
+
+from tiny_onn.config.load import load_config, load_submit
+from tiny_onn.inference.run import run_submit
+from tiny_onn.training.run import run_training
+
+SHRUNK = [
+    "model.width=32",
+    "model.layers=1",
+    "model.heads=2",
+    "model.kv_heads=2",
+    "model.head_width=16",
+    "model.ffn_width=48",
+    "budget.steps=2",
+    "data.workers=0",
+    "data.batch_tokens=4096",
+    "trainer.compile=false",
+    "trainer.precision=fp32",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["nano", "small", "base"])
+def test_a_shrunk_preset_trains_predicts_and_scores(preset, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = load_config([f"preset={preset}", f"out={run}", *SHRUNK])
+    assert run_training(config) == 0
+    ids = tmp_path / "ids.txt"
+    ids.write_text("00576224\n0692e18c\n")
+    submit = load_submit(
+        [
+            f"checkpoint={run}",
+            f"ids={ids}",
+            "solutions=arc1:evaluation",
+            "predict.views=2",
+            "precision=fp32",
+        ]
+    )
+    assert run_submit(submit) == 0
+    submission = json.loads((run / "submission" / "submission.json").read_text())
+    assert set(submission) == {"00576224", "0692e18c"}
+    score = json.loads((run / "submission" / "score.json").read_text())
+    assert score["num_tasks"] == 2
+    report = json.loads((run / "leak_report.json").read_text())
+    text = capsys.readouterr().out
+    assert "answers of" in text and "were not read" in text
+    assert report
