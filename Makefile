@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || \
 		{ echo "error: no $(PYTHON) here, expected Python 3.10 or newer; on Debian: apt-get install python3 python3-venv"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "error: got $$($(PYTHON) --version), expected Python 3.10 or newer; give PYTHON=python3.12"; exit 2; }
+		{ echo "error: got $$($(PYTHON) --version 2>&1 | head -n 1), expected Python 3.10 or newer; give PYTHON=python3.12"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 2; }
 	@echo "setting up $(VENV) (once, some minutes)"
@@ -25,8 +25,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
+# torch.compile writes C++ that includes Python.h.
+COMPILER := $${CXX:-g++}
+HEADERS := $(RUN) -c 'import os, sys, sysconfig; \
+	sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+
 demo: setup
-	$(RUN) train.py stage=pretrain preset=nano out=runs/demo resume=false
+	@command -v $(COMPILER) >/dev/null && $(HEADERS) || \
+		echo "note: no g++ or no Python.h here: training runs uncompiled and learns less in its minutes; on Debian: apt-get install g++ python3-dev"
+	$(RUN) train.py stage=pretrain preset=nano out=runs/demo resume=false \
+		$$(command -v $(COMPILER) >/dev/null && $(HEADERS) || echo trainer.compile=false)
 	$(RUN) submit.py checkpoint=runs/demo track=nano solutions=arc1:evaluation
 
 test: lint
