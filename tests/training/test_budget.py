@@ -108,3 +108,21 @@ def test_a_steps_budget_ignores_the_clock():
     assert [budget.share(budget.elapsed(), s) for s in range(4)] == before
     assert before == [0.125, 0.375, 0.625, 0.875]
     assert [budget.done(0, s) for s in (3, 4)] == [False, True]
+
+
+def test_a_slow_first_step_is_no_forecast():
+    clock = Clock()
+    budget = Budget(minutes=1.0, started=clock.now, clock=clock)
+    for seconds in (40.0, 0.5):
+        budget.begin_step()
+        clock.now += seconds
+        budget.end_step()
+        assert not budget.done(budget.elapsed(), 1)
+    assert budget.step_seconds == 0.5
+
+
+def test_what_does_not_fit_before_the_end_has_no_time():
+    budget = Budget(minutes=1.0, clock=Clock())
+    assert budget.has_time_for(9.0, elapsed=50.0)
+    assert not budget.has_time_for(9.6, elapsed=50.0)
+    assert Budget(steps=3, clock=Clock()).has_time_for(1e9, elapsed=0.0)

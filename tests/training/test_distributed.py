@@ -35,7 +35,7 @@ def curve(config):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
@@ -82,7 +82,7 @@ def test_two_processes_go_on_after_a_stop_with_the_same_curve(tiny, start, tmp_p
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     finish(start(cut))
     a, b = (load_file(Path(c.out) / "checkpoint" / "weights.safetensors") for c in (whole, cut))

@@ -25,7 +25,7 @@ def weights(config):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
@@ -58,7 +58,7 @@ def test_a_stopped_run_says_how_to_go_on_and_does(tiny, start, tmp_path):
     process = start(stopped)
     wait_for(tmp_path / "stopped" / "logs" / "version_0" / "metrics.csv", process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 143, output
     assert "go on with: python" in output and "Traceback" not in output
     run_training(stopped)

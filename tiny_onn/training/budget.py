@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from statistics import median
+from statistics import median_low
 
 from tiny_onn.config.schema import BudgetConfig, OptimConfig
 from tiny_onn.errors import UserError
@@ -99,6 +99,7 @@ class Budget:
         self._spent = spent
         self._recent: deque[float] = deque(maxlen=9)
         self._mark: float | None = None
+        self._steps_measured = 0
         self.reserve = 0.0
         """Seconds that saving takes, kept free after the last step (minutes only)."""
 
@@ -110,14 +111,16 @@ class Budget:
         self._mark = self._clock()
 
     def end_step(self) -> None:
-        if self._mark is not None:
+        """The first step of a process (it compiles, allocates) tells nothing of the next."""
+        assert self._mark is not None
+        if self._steps_measured > 0:
             self._recent.append(self._clock() - self._mark)
-        self._mark = None
+        self._steps_measured += 1
 
     @property
     def step_seconds(self) -> float:
-        """Predicted length of the next step; 0 before the first."""
-        return median(self._recent) if self._recent else 0.0
+        """Predicted length of the next step; 0 while unknown."""
+        return median_low(self._recent) if self._recent else 0.0
 
     def share(self, elapsed: float, step: int) -> float:
         """Share of the budget at the middle of step number ``step`` (from 0) that begins now."""
@@ -130,6 +133,10 @@ class Budget:
         if self.steps is not None:
             return step >= self.steps
         return elapsed + self.step_seconds / 2 >= self._deadline
+
+    def has_time_for(self, seconds: float, elapsed: float) -> bool:
+        """Whether something between two steps leaves time for training to end as planned."""
+        return self.steps is not None or elapsed + seconds + self.step_seconds < self._deadline
 
     @property
     def _deadline(self) -> float:

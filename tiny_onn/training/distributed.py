@@ -22,12 +22,12 @@ class StepChannel:
 
     def gather(self, *values: float) -> Tensor:
         """(world, len(values)) float64: row r holds what process r gave."""
-        mine = torch.tensor([values], dtype=torch.float64)
+        mine = torch.tensor(values, dtype=torch.float64)
         if self.world == 1:
-            return mine
-        rows = mine.new_empty(self.world, len(values))
-        dist.all_gather_into_tensor(rows, mine, group=self._group)
-        return rows
+            return mine.unsqueeze(0)
+        rows = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(rows, mine, group=self._group)
+        return torch.stack(rows)
 
     def any(self, flag: bool) -> bool:
         """Whether any process gave True."""

@@ -87,6 +87,7 @@ class RunLoop(L.Callback):
         self.loss: float | None = None
         self._restored_ema = restored["ema"] if restored else None
         self._folder = Path(config.out)
+        self._holdout_seconds = 0.0
 
     # Lightning's hooks, in the order in which they run.
 
@@ -188,10 +189,11 @@ class RunLoop(L.Callback):
             self.budget.share(elapsed, step),
             self.budget.done(elapsed, step),
             time.monotonic() - self._last_save,
+            self.budget.has_time_for(1.5 * self._holdout_seconds, elapsed),
             self.signals.received or 0,
         )
-        elapsed, share, done, since_save, _ = rows[0].tolist()
-        signum = int(rows[:, 4].max())
+        elapsed, share, done, since_save, has_time, _ = rows[0].tolist()
+        signum = int(rows[:, -1].max())
         self.totals.seconds = elapsed
         if done or signum:
             self.stopped_by = None if done else signum
@@ -199,7 +201,8 @@ class RunLoop(L.Callback):
             if step != self.saved_step:
                 self.save(trainer)
             return
-        self._maybe_measure_holdout(trainer, share)
+        if has_time:
+            self._maybe_measure_holdout(trainer, share)
         if self._save_due(since_save):
             self.save(trainer)
         optimizer: MuonAdamW = trainer.optimizers[0]
@@ -247,8 +250,10 @@ class RunLoop(L.Callback):
     def measure_holdout(self, trainer: L.Trainer) -> dict[str, float]:
         """Hold-out metrics of the averaged weights (or the live ones), logged and shown."""
         assert self.holdout is not None
+        began = time.monotonic()
         with self._averaged():
             metrics = self.holdout()
+        self._holdout_seconds = time.monotonic() - began
         for logger in trainer.loggers:
             logger.log_metrics({f"holdout/{k}": v for k, v in metrics.items()}, self.totals.step)
             logger.save()
