@@ -25,6 +25,7 @@ from tiny_onn.inference.holdout import evaluate_holdout
 from tiny_onn.model.checkpoint import save_checkpoint
 from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.budget import Budget, check_budget, check_schedule
+from tiny_onn.training.compiler import compile_model
 from tiny_onn.training.datamodule import Positions, PretrainData
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
@@ -134,7 +135,7 @@ class _Run:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if config.trainer.compile:
-            model.compile_blocks()
+            compile_model(model, device)
         self._describe(model, trainer)
         data = PretrainData(
             lambda rank, world: EpochBatches(corpus, config.data, config.seed, rank, world),
