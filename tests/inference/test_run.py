@@ -25,7 +25,13 @@ def job(tmp_path, make_task):
     torch.manual_seed(0)
     model = build_model(SIZES, 2)
     torch.nn.init.normal_(model.head.weight, std=0.5)
-    save_checkpoint(tmp_path / "model", model, Config(model=SIZES), ("t0", "t1"), {"commit": "abc"})
+    save_checkpoint(
+        tmp_path / "model",
+        model,
+        Config(model=SIZES, out="runs/x"),
+        ("t0", "t1"),
+        {"commit": "abc"},
+    )
     tasks = [
         make_task([((3, 3), (3, 3)), ((4, 3), (4, 3))], [(3, 3), (2, 4)], 0, "t0"),
         make_task([((3, 3), (2, 2)), ((4, 3), (2, 2))], [(3, 3)], 1, "t1"),
