@@ -12,7 +12,14 @@ from tiny_onn.arc.submission import plain_grid
 from tiny_onn.config.schema import Config, ModelConfig, PredictConfig, SubmitConfig
 from tiny_onn.errors import UserError
 from tiny_onn.inference import run
-from tiny_onn.inference.run import PREDICTIONS, REPORT, SCORE, SUBMISSION, run_submit
+from tiny_onn.inference.run import (
+    PREDICTIONS,
+    REPORT,
+    SCORE,
+    SUBMISSION,
+    choose_precision,
+    run_submit,
+)
 from tiny_onn.model.checkpoint import save_checkpoint
 from tiny_onn.model.tiny_onn import build_model
 
@@ -193,3 +200,9 @@ def test_zero_tasks_after_filtering_are_refused(job, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load_challenges", lambda spec: [])
     with pytest.raises(UserError, match="zero tasks"):
         run_submit(job)
+
+
+def test_precision_auto_means_fp32_on_a_cpu_and_bf16_on_a_gpu():
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"
+    assert choose_precision("auto", torch.device("cuda")) == "bf16"
+    assert choose_precision("bf16", torch.device("cpu")) == "bf16"

@@ -28,6 +28,7 @@ from tiny_onn.arc.task import Task
 from tiny_onn.config.schema import SubmitConfig
 from tiny_onn.errors import UserError
 from tiny_onn.files import atomic_write_text, ensure_writable_dir
+from tiny_onn.inference.excursion import Precision
 from tiny_onn.inference.predict import Prediction, check_predict, predict_tasks
 from tiny_onn.inference.progress import ProgressPrinter, clock_text
 from tiny_onn.inference.vote import Candidate, rank, vote
@@ -118,6 +119,17 @@ def choose_tasks(config: SubmitConfig) -> list[Task]:
     return tasks
 
 
+def choose_precision(precision: str, device: torch.device) -> Precision:
+    """What ``auto`` means on ``device``.
+
+    On a CPU a decoding step's attention takes 0.9 ms in fp32 and 3.8 ms in bf16 (64 rows, 5 heads
+    of 32, 140 tokens); on a GPU bf16 halves the memory traffic.
+    """
+    if precision == "auto":
+        return "fp32" if device.type == "cpu" else "bf16"
+    return precision
+
+
 def choose_device(accelerator: str) -> torch.device:
     """auto: a CUDA device if there is one; cpu; gpu.
 
@@ -149,7 +161,7 @@ def _predict(config: SubmitConfig, tasks: list[Task], loaded: Loaded) -> Predict
         config.seed,
         context=loaded.config.data.context,
         max_tokens=loaded.config.data.max_tokens,
-        precision=config.precision,
+        precision=choose_precision(config.precision, next(loaded.model.parameters()).device),
         **({} if printer is None else {"report": printer}),
     )
     if printer is not None:
