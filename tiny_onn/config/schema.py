@@ -152,9 +152,7 @@ class SubmitConfig:
     seed: int = key(0, "seeds the choice of views")
     threads: int = key(0, "CPU threads (0: torch's default)")
     accelerator: str = key("auto", "auto, cpu, gpu")
-    precision: Literal["auto", "fp32", "bf16"] = key(
-        "auto", "auto: fp32 on a CPU (it decodes faster), else bf16"
-    )
+    precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: fp32 on a CPU, else bf16")
     progress: bool = key(True, "print progress with ETA")
     predict: PredictConfig = field(default_factory=PredictConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
