@@ -16,11 +16,17 @@ class BackendUnavailable(UserError):
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and exit with its status; a UserError becomes one line and status 2."""
+    """Run ``main`` and exit with its status; a UserError becomes one line and status 2.
+
+    Ctrl-C gives status 130.
+    """
     try:
         status = main()
     except UserError as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     sys.exit(status or 0)

@@ -38,7 +38,8 @@ case "${1:-start}" in
     ;;
   collect)
     "$PYTHON" submit.py checkpoint="$RUN" challenges=arc1:evaluation solutions=arc1:evaluation \
-      predict.views=null predict.minutes="${MINUTES:-5}" out="$OUT/submission"
+      predict.views=null predict.minutes="${MINUTES:-5}" predict.batch_tokens="${BATCH:-393216}" \
+      out="$OUT/submission"
     cp "$RUN/metrics.json" "$RUN/leak_report.json" runs/base-gpu.log "$OUT/"
     mv "$OUT"/submission/{submission,score}.json "$OUT/"
     ;;

@@ -90,3 +90,12 @@ def test_grids_of_other_shapes_with_the_same_cells_are_different():
     job = Task("x", "j", (Pair(wide, wide),), (wide,))
     kept, _ = remove_overlaps([books, job])
     assert [task.id for task in kept] == ["y", "x"]
+
+
+def test_two_guarded_tasks_of_one_id_are_both_guarded_by_content():
+    """ARC-AGI-1 and -2 share ids of evaluation tasks whose grids were revised."""
+    tasks = [train("a", [(1, 2)], [(3, 4)]), solve("x", [(5, 6)], [7])]
+    revised = [solve("x", [(1, 2)], [8], source="arc1:evaluation")]
+    kept, excluded = outcome(tasks, revised)
+    assert kept == ["x"]
+    assert excluded == [("a", "shares a pair with a task of arc1:evaluation")]

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tiny_onn.arc.parse import grid_problem, read_json
+from tiny_onn.arc.select import select_track
+from tiny_onn.arc.sources import load_challenges
 from tiny_onn.arc.submission import (
     build_submission,
     filler_grid,
@@ -262,3 +264,17 @@ def test_command_exits_0_on_a_valid_file_and_2_with_one_line_otherwise(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: task 'two' test 1 attempt_1: missing")
     assert done.stderr.count("\n") == 1
+
+
+def test_command_validates_a_submission_of_track_nano_alone(tmp_path):
+    nano = select_track(load_challenges("arc1:evaluation"), "nano")
+    submission, _ = build_submission(nano, {})
+    (tmp_path / "s.json").write_text(json.dumps(submission))
+    assert run_validator(tmp_path / "s.json", "arc1:evaluation").returncode == 2
+    done = run_validator(tmp_path / "s.json", "arc1:evaluation", "--track", "nano")
+    assert done.stdout.startswith("valid: 72 tasks, 82 outputs")
+    score = [sys.executable, "-m", "tiny_onn.arc.score", str(tmp_path / "s.json")]
+    scored = subprocess.run(
+        [*score, "arc1:evaluation", "--track", "nano"], capture_output=True, text=True, check=True
+    )
+    assert "72 tasks, 82 test outputs; missing: 0 tasks" in scored.stdout

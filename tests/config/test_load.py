@@ -233,6 +233,7 @@ def test_steps_below_1_are_refused():
         (["optim.adamw_lr=0"], "above 0"),
         (["seed=-1"], "from 0 to"),
         (["out="], "such as out=runs/x"),
+        (["data.loss_on_inputs=true"], "model.mask=causal"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_anything_runs(arguments, part):

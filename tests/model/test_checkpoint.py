@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tiny_onn.config.schema import BudgetConfig, Config, ModelConfig
@@ -13,6 +14,7 @@ from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.tiny_onn import build_model
 
 CONFIG = Config(
+    out="runs/x",
     model=ModelConfig(width=32, layers=1, heads=2, kv_heads=2, head_width=16, ffn_width=48),
     budget=BudgetConfig(steps=3),
 )
@@ -56,6 +58,17 @@ def test_a_failed_save_leaves_the_old_folder(folder, monkeypatch):
     assert [p.name for p in folder.parent.iterdir()] == ["checkpoint"]
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_old_folder(folder, monkeypatch):
+    def full(*given):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("tiny_onn.model.checkpoint.save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        save_checkpoint(folder, build_model(CONFIG.model, 2), CONFIG, ("x", "y"), {})
+    monkeypatch.undo()
+    assert load_model(folder).task_ids == IDS
+
+
 def _tear_weights(folder):
     data = (folder / "weights.safetensors").read_bytes()
     (folder / "weights.safetensors").write_bytes(data[: len(data) // 2])
@@ -70,6 +83,7 @@ BREAKS = {
     "torn": (_tear_weights, "torn"),
     "no tasks": (lambda f: (f / "tasks.json").unlink(), "tasks.json missing"),
     "bad tasks": (lambda f: (f / "tasks.json").write_text("[1,"), "tasks.json' is torn"),
+    "tasks null": (lambda f: (f / "tasks.json").write_text("null"), "expected a list"),
     "pickle": (lambda f: (f / "weights.safetensors").write_bytes(b"\x80\x04K."), "torn"),
     "other model": (_other_model, "of another model"),
     "fewer tasks": (

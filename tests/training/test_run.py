@@ -263,3 +263,21 @@ def test_a_signal_during_start_up_ends_the_command_at_once(
     monkeypatch.setattr(run, "build_corpus", lambda *given: os.kill(os.getpid(), number))
     assert run_training(tiny()) == status
     assert "go on with" in capsys.readouterr().out
+
+
+def test_settings_that_cannot_run_here_destroy_nothing(tiny, monkeypatch):
+    config = tiny()
+    monkeypatch.setattr(run, "remove_resume", lambda folder: None)
+    run_training(config)
+    before = {path: path.read_bytes() for path in Path(config.out).glob("*.*") if path.is_file()}
+    assert any(path.name == "resume.ckpt" for path in before)
+    monkeypatch.undo()
+    broken = replace(config, resume=False, ops=replace(config.ops, backend="flash"))
+    with pytest.raises(UserError, match="ops.backend=flash"):
+        run_training(broken)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_the_way_to_go_on_never_starts_over(monkeypatch):
+    monkeypatch.setattr(run.sys, "argv", ["train.py", "preset=nano", "resume=false"])
+    assert run._how_to_go_on() == "go on with: python train.py preset=nano"

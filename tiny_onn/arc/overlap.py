@@ -28,9 +28,10 @@ def remove_overlaps(
     being used. The order of ``tasks`` is kept.
     """
     solve = [task for task in tasks if not isinstance(task, TrainingTask)]
-    guarded = {task.id: task for task in [*protected, *solve]}
-    demo_of = {_pair_key(pair): t.id for t in guarded.values() for pair in t.demos}
-    test_of = {_grid_key(grid): t.id for t in guarded.values() for grid in t.test_inputs}
+    guards = [*protected, *solve]  # two of them may share an id and differ in content
+    guarded = {task.id: task.source for task in guards}
+    demo_of = {_pair_key(pair): t.source for t in guards for pair in t.demos}
+    test_of = {_grid_key(grid): t.source for t in guards for grid in t.test_inputs}
     seen_ids: dict[str, str] = {}
     seen_demos: dict[frozenset, str] = {}
     kept, excluded = [], []
@@ -39,9 +40,9 @@ def remove_overlaps(
         reason = None
         content = frozenset(_pair_key(pair) for pair in task.demos)
         if training and task.id in guarded:
-            reason = f"same id as a task of {guarded[task.id].source}"
+            reason = f"same id as a task of {guarded[task.id]}"
         elif training and (other := _meets(task, demo_of, test_of)):
-            reason = f"shares a pair with a task of {guarded[other].source}"
+            reason = f"shares a pair with a task of {other}"
         elif task.id in seen_ids:
             reason = f"same id as a task of {seen_ids[task.id]}"
         elif training and content in seen_demos:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tiny_onn.arc.parse import grid_problem, read_json
-from tiny_onn.arc.select import read_ids
+from tiny_onn.arc.select import official_nano_ids, read_ids
 from tiny_onn.arc.sources import PACKAGED_FILES, SPLITS, packaged_path
 from tiny_onn.arc.submission import ATTEMPT_KEYS
 from tiny_onn.arc.task import Grid
@@ -289,13 +289,16 @@ def _grids(values: object, where: str) -> tuple[Grid, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m tiny_onn.arc.score SUBMISSION SOLUTIONS... [--ids FILE] [--json FILE]``."""
+    """``python -m tiny_onn.arc.score SUBMISSION SOLUTIONS... [options]``; ``--help`` lists them."""
     parser = argparse.ArgumentParser(
         prog="python -m tiny_onn.arc.score", description="Score a submission by the public rules."
     )
     parser.add_argument("submission", help="submission.json")
     parser.add_argument("solutions", nargs="+", help=f"{WHAT}; several are joined")
     parser.add_argument("--ids", help="score only the tasks of this file, one id a line")
+    parser.add_argument(
+        "--track", choices=("all", "nano"), default="all", help="nano: its ARC-AGI-1 tasks only"
+    )
     parser.add_argument("--json", help="also write the report here")
     args = parser.parse_args(argv)
     submission = read_json(args.submission, "a submission file")
@@ -306,7 +309,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if twice:
             raise UserError(f"got task '{twice[0]}' in two solutions, expected it once; drop one")
         solutions.update(loaded)
-    report = score_submission(submission, solutions, read_ids(args.ids) if args.ids else None)
+    ids = read_ids(args.ids) if args.ids else None
+    if args.track == "nano":
+        nano = frozenset().union(*official_nano_ids().values())
+        ids = [task_id for task_id in (solutions if ids is None else ids) if task_id in nano]
+    report = score_submission(submission, solutions, ids)
     print(report.render())
     if args.json:
         try:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tiny_onn.arc.parse import brief, grid_problem, read_json
+from tiny_onn.arc.select import select_track
 from tiny_onn.arc.sources import load_challenges
 from tiny_onn.arc.task import NUM_COLORS, Grid, Task
 from tiny_onn.errors import UserError, run_cli
@@ -245,15 +246,16 @@ def validate_submission(submission: object, challenges: Sequence[Task]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m tiny_onn.arc.submission SUBMISSION CHALLENGES``: 0 when valid, 2 when not."""
+    """``python -m tiny_onn.arc.submission SUBMISSION CHALLENGES [--track nano]``: 0 or 2."""
     parser = argparse.ArgumentParser(
         prog="python -m tiny_onn.arc.submission", description="Validate a submission file."
     )
     parser.add_argument("submission", help="submission.json")
     parser.add_argument("challenges", help="challenges file, or arc1:evaluation and the like")
+    parser.add_argument("--track", choices=("all", "nano"), default="all", help="expect these only")
     args = parser.parse_args(argv)
     submission = read_json(args.submission, "a submission file")
-    challenges = load_challenges(args.challenges)
+    challenges = select_track(load_challenges(args.challenges), args.track)
     validate_submission(submission, challenges)
     outputs = sum(len(task.test_inputs) for task in challenges)
     print(f"valid: {len(challenges)} tasks, {outputs} outputs, {2 * outputs} attempts")

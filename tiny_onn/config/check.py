@@ -136,6 +136,11 @@ def check_train(config: Config) -> None:
             "got data.sources=[] and data.extra_dirs=[]; expected at least one of them to name "
             "tasks; give one, such as data.sources=[arc1]"
         )
+    if config.data.loss_on_inputs and config.model.mask != "causal":
+        raise UserError(
+            f"got data.loss_on_inputs=true and model.mask={config.model.mask}, under which an "
+            "input token sees its own target; expected a causal mask; give model.mask=causal"
+        )
     check_text("out", config.out, "a folder, such as out=runs/x")
 
 

@@ -49,7 +49,13 @@ def save_checkpoint(
     """Write the folder ``path`` whole, or leave what was there untouched."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     with atomic_dir(path) as fresh:
-        save_file(tensors, fresh / WEIGHTS)
+        try:
+            save_file(tensors, fresh / WEIGHTS)
+        except SafetensorError as error:  # its form of a full disk
+            raise UserError(
+                f"cannot write checkpoint '{path}' ({error}); expected a writable disk with "
+                "space; free some and give the same command again"
+            ) from error
         (fresh / CONFIG).write_text(dump_config(config))
         (fresh / TASKS).write_text(json.dumps(list(task_ids), indent=0))
         (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True))
@@ -81,7 +87,7 @@ def checkpoint_folder(path: str | Path) -> Path:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"checkpoint file '{path}' is torn ({error}); expected JSON; train again"
         ) from error
@@ -95,8 +101,12 @@ def load_model(path: str | Path) -> Loaded:
     """
     folder = checkpoint_folder(path)
     config = load_saved_config(folder / CONFIG)
-    task_ids = tuple(_read_json(folder / TASKS))
-    provenance = _read_json(folder / PROVENANCE)
+    task_ids, provenance = _read_json(folder / TASKS), _read_json(folder / PROVENANCE)
+    if not isinstance(task_ids, list) or not isinstance(provenance, dict):
+        raise UserError(
+            f"checkpoint '{folder}' is torn: expected a list in {TASKS} and an object in "
+            f"{PROVENANCE}; train again"
+        )
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -113,4 +123,4 @@ def load_model(path: str | Path) -> Loaded:
             f"its configuration expects {expected.get(name)}; choose the folder train.py wrote"
         )
     model.load_state_dict(tensors)
-    return Loaded(model.eval(), config, task_ids, provenance)
+    return Loaded(model.eval(), config, tuple(task_ids), provenance)

@@ -110,7 +110,10 @@ class _Gather(torch.autograd.Function):
 
 
 class _Ungather(torch.autograd.Function):
-    """Take the real rows out of the padded copy; padding rows get gradient zero."""
+    """rows[inverse] for distinct row numbers; rows left out (padding) get gradient zero.
+
+    Plain indexing would sort and add in its backward.
+    """
 
     @staticmethod
     def forward(ctx, rows: Tensor, inverse: Tensor) -> Tensor:
@@ -269,13 +272,12 @@ def plan_varlen(spans: DocumentSpans, varlen: Callable[..., Tensor]) -> Attend:
         if not has_prefix:
             out = varlen(q_NHD, k_NKD, v_NKD, cu_all, cu_all, longest, longest, True)
             return out.to(dtype)
-        q, k, v = (t[prefix_rows] for t in (q_NHD, k_NKD, v_NKD))
+        q, k, v = (_Ungather.apply(t, prefix_rows) for t in (q_NHD, k_NKD, v_NKD))
         prefix_out = varlen(q, k, v, cu_prefix, cu_prefix, longest_prefix, longest_prefix, False)
         out_NHD = torch.zeros_like(q_NHD).index_copy(0, prefix_rows, prefix_out)
         if has_rest:
-            rest_out = varlen(
-                q_NHD[rest_rows], k_NKD, v_NKD, cu_rest, cu_all, longest_rest, longest, True
-            )
+            rest = _Ungather.apply(q_NHD, rest_rows)
+            rest_out = varlen(rest, k_NKD, v_NKD, cu_rest, cu_all, longest_rest, longest, True)
             out_NHD = out_NHD.index_copy(0, rest_rows, rest_out)
         return out_NHD.to(dtype)
 

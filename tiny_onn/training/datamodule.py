@@ -5,6 +5,7 @@ Shapes: N packed tokens, M rows with a target, B documents.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tiny_onn.arc.packing import Batch
 from tiny_onn.arc.tokens import IGNORE
+from tiny_onn.training.signals import SIGNALS
 
 
 class Epochs(Protocol):
@@ -121,6 +123,13 @@ class StepStream(IterableDataset):
             step += stride
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal: a worker that died of it would end training
+    before it could save. Workers end with the process that started them."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
 class PretrainData(L.LightningDataModule):
     """Hands the stream to Lightning. ``make_epochs(rank, world)`` is called when both are known."""
 
@@ -143,6 +152,7 @@ class PretrainData(L.LightningDataModule):
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=4 if self._workers else None,
+            worker_init_fn=leave_signals_to_the_trainer,
         )
 
     def transfer_batch_to_device(

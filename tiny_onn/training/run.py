@@ -37,7 +37,12 @@ from tiny_onn.training.loop import RunLoop
 from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.progress import ProgressLine, clock_text
 from tiny_onn.training.provenance import corpus_hash, provenance
-from tiny_onn.training.resume import find_resume, remove_leftovers, remove_resume
+from tiny_onn.training.resume import (
+    ResumePoint,
+    find_resume,
+    remove_leftovers,
+    remove_resume,
+)
 from tiny_onn.training.run_folder import CHECKPOINT, METRICS, finished, require_same_run
 from tiny_onn.training.signals import Interrupted, StopSignals
 
@@ -78,8 +83,10 @@ def run_training(config: Config, started: float | None = None) -> int:
 
 
 def _how_to_go_on() -> str:
-    command = shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else "the same call"
-    return f"go on with: {command}"
+    if not sys.argv[0].endswith(".py"):
+        return "go on with: the same call (without resume=false)"
+    words = [word for word in sys.argv if not word.startswith("resume=")]  # it would start over
+    return f"go on with: {shlex.join(['python', *words])}"
 
 
 def _without_nan(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
@@ -108,7 +115,7 @@ class _Run:
             return 0
         corpus = build_corpus(config.data, config.seed)
         data_hash = corpus_hash(corpus)
-        restored = self._open_folder(corpus, data_hash)
+        restored = self._resume_point(data_hash)
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(corpus.task_ids))
         identity = {"config": asdict(config), "data": data_hash}
@@ -136,6 +143,7 @@ class _Run:
             torch.set_float32_matmul_precision("high")
         if config.trainer.compile:
             compile_model(model, device)
+        self._open_folder(corpus, restored)  # only now: what cannot run here destroys nothing
         self._describe(model, trainer)
         data = PretrainData(
             lambda rank, world: EpochBatches(corpus, config.data, config.seed, rank, world),
@@ -163,26 +171,29 @@ class _Run:
             self._close_folder(loop)
         return 0
 
-    def _open_folder(self, corpus: Corpus, data_hash: str) -> Any:
-        """Leak report and resolved configuration; the resume point if there is one."""
+    def _resume_point(self, data_hash: str) -> ResumePoint | None:
+        """Where to go on from, if that is asked for and there is such a place."""
+        if not self.config.resume:
+            return None
+        restored, notes = find_resume(self.folder)
+        for note in notes:
+            self.say(f"warning: {note}")
+        if restored is not None:
+            require_same_run(self.folder, restored.state, self.config, data_hash)
+        return restored
+
+    def _open_folder(self, corpus: Corpus, restored: ResumePoint | None) -> None:
+        """Leak report and resolved configuration, in place of those of an earlier run."""
         config = self.config
-        if config.resume:
-            restored, notes = find_resume(self.folder)
-            for note in notes:
-                self.say(f"warning: {note}")
-            if restored is not None:
-                require_same_run(self.folder, restored.state, config, data_hash)
-        else:
-            restored = None
-            if self.first:
-                remove_resume(self.folder)
         if self.first:
+            if not config.resume:
+                remove_resume(self.folder)
             remove_leftovers(self.folder)
             print(corpus.report.render())
             report = json.dumps(corpus.report.to_dict(), indent=1)
             atomic_write_text(self.folder / "leak_report.json", report)
             atomic_write_text(self.folder / "config.yaml", dump_config(config))
-            if not config.resume or restored is None:
+            if restored is None:
                 (self.folder / METRICS).unlink(missing_ok=True)
         if restored is not None:
             totals = restored.state["totals"]
@@ -190,7 +201,6 @@ class _Run:
                 f"going on from step {totals['step']} "
                 f"({clock_text(totals['seconds'])} spent) of {restored.path}"
             )
-        return restored
 
     def _budget(self, corpus: Corpus, spent: float) -> Budget:
         given = self.config.budget
