@@ -66,7 +66,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it replaces ``path``, else it is removed.
 
     Replacing an existing folder takes two renames; the old one is kept as ``.<name>.old`` until
-    the new one is in place, so at every moment one complete folder exists under a known name.
+    the new one is in place: after a crash just between the two, rename it back by hand.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,25 +27,34 @@ def _has_flash() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def resolve_attention(backend: str, device: torch.device | str) -> str:
+HALF_PRECISION_ONLY = ("varlen", "flash")
+
+
+def resolve_attention(backend: str, device: torch.device | str, precision: str = "bf16") -> str:
     """Name of the attention back-end for ``device``.
 
     Args:
         backend: "auto" or one of ATTENTION_BACKENDS.
         device: where the model will run.
+        precision: "bf16" or "fp32": the variable-length kernels compute in half precision only.
 
     Raises:
         BackendUnavailable: an explicit choice that cannot run on ``device``.
     """
     device = torch.device(device)
     if backend == "auto":
-        if device.type == "cuda":
+        if device.type == "cuda" and precision != "fp32":
             chosen = "flash" if _has_flash() else "varlen" if _has_torch_varlen() else "sdpa"
         else:
             chosen = "sdpa"
-        log.info("ops: attention=%s (auto, %s)", chosen, device.type)
+        log.info("ops: attention=%s (auto, %s, %s)", chosen, device.type, precision)
         return chosen
-    if backend in ("flash", "varlen") and device.type != "cuda":
+    if backend in HALF_PRECISION_ONLY and precision == "fp32":
+        raise BackendUnavailable(
+            f"ops.backend={backend} computes in half precision, got precision fp32; "
+            "use precision bf16, or ops.backend=auto or sdpa"
+        )
+    if backend in HALF_PRECISION_ONLY and device.type != "cuda":
         raise BackendUnavailable(
             f"ops.backend={backend} needs a CUDA device, got {device.type}; "
             "use ops.backend=auto, sdpa or reference"

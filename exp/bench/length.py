@@ -52,9 +52,10 @@ def make_model(args: Any) -> tuple[Any, Any, Any]:
 
     from tiny_onn.config.load import load_config
     from tiny_onn.model.tiny_onn import build_model
+    from tiny_onn.training.hardware import with_precision
 
     device = prepare(args)
-    config = load_config(["preset=nano", *args.overrides])
+    config = with_precision(load_config(["preset=nano", *args.overrides]))
     model = wake(build_model(config.model, 1)).to(device).train()
     return model.use_backend(config.ops.backend, device), config, device
 

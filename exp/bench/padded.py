@@ -47,6 +47,7 @@ from tiny_onn.inference.excursion import autocast
 from tiny_onn.losses.language import output_nll
 from tiny_onn.model.attention import AttentionContext
 from tiny_onn.model.tiny_onn import TinyONN, build_model
+from tiny_onn.training.hardware import with_precision
 from tiny_onn.training.optim import build_optimizer
 
 TRACKS = {"nano": [], "arc1": ["data.track=all", "data.max_tokens=1863"]}
@@ -207,7 +208,7 @@ def main() -> None:
     small = ["data.batch_tokens=1863", "model.layers=1"] if args.quick else []
     results, rows = {}, []
     for name, track in TRACKS.items():
-        config = load_config(["preset=nano", *track, *small, *args.overrides])
+        config = with_precision(load_config(["preset=nano", *track, *small, *args.overrides]))
         found = results[name] = bench(config, args, device)
         rows.append(
             [

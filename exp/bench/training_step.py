@@ -46,6 +46,7 @@ from tiny_onn.losses.language import output_nll
 from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.budget import Budget, lr_scale
 from tiny_onn.training.datamodule import PretrainData, StepStream, TrainBatch
+from tiny_onn.training.hardware import with_precision
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
     make_trainer,
@@ -195,7 +196,7 @@ def main() -> None:
     words = ["preset=nano", f"trainer.accelerator={accelerator}", *(quick if args.quick else [])]
     rounds, stretch, warmup = (2, 20, 2) if args.quick else (6, 20, 4)
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config([*words, *args.overrides, f"out={folder}"])
+        config = with_precision(load_config([*words, *args.overrides, f"out={folder}"]))
         setup = Setup(config, device)
         error = check(setup, Path(folder))
         loop = setup.fit(

@@ -102,6 +102,7 @@ def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: l
     run.parent.mkdir(exist_ok=True)
     challenges = ROOT / "runs" / "race_challenges.json"
     tasks = write_challenges(challenges)
+    version = commit()
     began = time.monotonic()
     command(
         "train.py",
@@ -134,7 +135,7 @@ def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: l
     result = {
         "race": "nano219",
         "seed": seed,
-        "commit": commit(),
+        "commit": version,
         "device": f"{os.cpu_count()} x {platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "minutes_total": round(total, 3),

@@ -156,7 +156,7 @@ def test_a_mistyped_key_of_submit_is_answered_from_its_own_keys():
         ("data=3", ["data=3", "data.sources"]),
         ("data.track=nanno", ["data.track=nanno", "one of all, nano", "did you mean nano?"]),
         ("ops.backend=cuda", ["ops.backend=cuda", "auto, reference, sdpa, flash, varlen"]),
-        ("trainer.precision=fp16", ["fp16", "one of fp32, bf16", "did you mean bf16?"]),
+        ("trainer.precision=fp16", ["fp16", "one of auto, fp32, bf16", "did you mean bf16?"]),
     ],
 )
 def test_a_wrong_value_names_key_value_and_what_is_allowed(argument, parts):

@@ -106,3 +106,9 @@ def test_a_broken_folder_is_one_clear_line(folder, name):
 def test_a_missing_folder_names_the_remedy(tmp_path):
     with pytest.raises(UserError, match="does not exist.*python train.py stage=pretrain"):
         load_model(tmp_path / "nothing")
+
+
+def test_an_unfinished_run_names_the_remedy(tmp_path):
+    (tmp_path / "resume.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError, match="unfinished run.*train.py command again"):
+        load_model(tmp_path)

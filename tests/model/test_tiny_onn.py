@@ -162,6 +162,10 @@ def test_a_full_cache_refuses_another_token():
 def test_backends_that_cannot_run_say_so():
     with pytest.raises(BackendUnavailable, match="needs a CUDA device.*ops.backend=auto"):
         tiny_model().use_backend("flash", "cpu")
+    with pytest.raises(BackendUnavailable, match="half precision.*ops.backend=auto or sdpa"):
+        tiny_model().use_backend("varlen", "cuda", "fp32")
+    assert tiny_model().use_backend("auto", "cuda", "fp32").attention_backend == "sdpa"
+    assert tiny_model().use_backend("auto", "cuda", "bf16").attention_backend != "sdpa"
     assert tiny_model().use_backend("auto", "cpu").attention_backend == "sdpa"
 
 

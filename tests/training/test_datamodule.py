@@ -1,11 +1,15 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from tiny_onn.arc.corpus import build_corpus
 from tiny_onn.arc.dataset import EpochBatches
+from tiny_onn.arc.packing import pack
+from tiny_onn.arc.task import Pair
+from tiny_onn.arc.tokens import encode_pair
 from tiny_onn.training.datamodule import Positions, StepStream, prepare
 
 
@@ -46,3 +50,16 @@ def test_a_stream_from_any_step_with_any_workers_gives_the_same_batches(tiny, wo
         expected = epochs.batch(*positions.locate(batch.step))
         assert torch.equal(batch.batch.tokens_N, expected.tokens_N)
         assert torch.equal(batch.batch.task_B, expected.task_B)
+
+
+def test_pinning_reaches_every_tensor_and_changes_no_value(monkeypatch):
+    rng = np.random.default_rng(0)
+    pairs = [Pair(*rng.integers(0, 9, (2, 3, 3)).astype(np.uint8)) for _ in range(3)]
+    plain = prepare(pack([encode_pair(pair, 0) for pair in pairs]), step=4)
+    pinned_tensors = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned_tensors.append(t) or t.clone())
+    pinned = plain.pin_memory()
+    assert len(pinned_tensors) == 10
+    assert torch.equal(pinned.batch.tokens_N, plain.batch.tokens_N)
+    assert torch.equal(pinned.batch.layout.doc_N, plain.batch.layout.doc_N)
+    assert torch.equal(pinned.rows_M, plain.rows_M) and pinned.step == 4

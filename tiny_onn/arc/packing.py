@@ -31,6 +31,15 @@ class Layout:
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...]
 
+    def pin_memory(self) -> Layout:
+        """In page-locked memory, from which copies to a GPU need not wait for it."""
+        return replace(
+            self,
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+            prefix_lens=self.prefix_lens.pin_memory(),
+            doc_N=self.doc_N.pin_memory(),
+        )
+
     def to(self, device: torch.device | str) -> Layout:
         return replace(
             self,
@@ -64,6 +73,18 @@ class Batch:
     @property
     def num_target_tokens(self) -> int:
         return int((self.targets_N != IGNORE).sum())
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which copies to a GPU need not wait for it."""
+        return replace(
+            self,
+            tokens_N=self.tokens_N.pin_memory(),
+            positions_N3=self.positions_N3.pin_memory(),
+            targets_N=self.targets_N.pin_memory(),
+            task_B=self.task_B.pin_memory(),
+            view_B=self.view_B.pin_memory(),
+            layout=self.layout.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(

@@ -86,7 +86,9 @@ class TrainerConfig:
     devices: int = key(1, "devices on each machine")
     nodes: int = key(1, "machines")
     strategy: str = key("auto", "Lightning strategy: auto, ddp, fsdp")
-    precision: Literal["fp32", "bf16"] = key("bf16", "bf16: autocast; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "bf16: autocast, weights stay fp32; auto: bf16 where the hardware has it"
+    )
     compile: bool = key(False, "torch.compile the model")
     threads: int = key(0, "CPU threads (0: torch's default)")
     log_every_steps: int = key(20, "steps between log lines")

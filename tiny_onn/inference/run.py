@@ -57,7 +57,8 @@ def run_submit(config: SubmitConfig) -> int:
     tasks = choose_tasks(config)
     loaded = load_model(config.checkpoint)
     device = choose_device(config.accelerator)
-    loaded.model.use_backend(config.ops.backend, device).to(device)
+    precision = choose_precision(config.precision, device)
+    loaded.model.use_backend(config.ops.backend, device, precision).to(device)
     out = ensure_writable_dir(config.out)
     if config.threads > 0:
         torch.set_num_threads(config.threads)

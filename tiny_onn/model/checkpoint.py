@@ -77,6 +77,11 @@ def checkpoint_folder(path: str | Path) -> Path:
                     "train again or choose another folder"
                 )
             return folder
+    if (path / "resume.ckpt").is_file():
+        raise UserError(
+            f"checkpoint '{path}' is of an unfinished run; expected a trained model; give the same "
+            "train.py command again to finish it"
+        )
     what = "has no weights.safetensors" if path.is_dir() else "does not exist"
     raise UserError(
         f"checkpoint '{path}' {what}; expected a run folder written by train.py; "

@@ -266,12 +266,8 @@ def plan_varlen(spans: DocumentSpans, varlen: Callable[..., Tensor]) -> Attend:
     has_prefix, has_rest = longest_prefix > 0, longest_rest > 0
 
     def attend(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        dtype = q_NHD.dtype
-        if dtype not in (torch.bfloat16, torch.float16):
-            q_NHD, k_NKD, v_NKD = (t.to(torch.bfloat16) for t in (q_NHD, k_NKD, v_NKD))
         if not has_prefix:
-            out = varlen(q_NHD, k_NKD, v_NKD, cu_all, cu_all, longest, longest, True)
-            return out.to(dtype)
+            return varlen(q_NHD, k_NKD, v_NKD, cu_all, cu_all, longest, longest, True)
         q, k, v = (_Ungather.apply(t, prefix_rows) for t in (q_NHD, k_NKD, v_NKD))
         prefix_out = varlen(q, k, v, cu_prefix, cu_prefix, longest_prefix, longest_prefix, False)
         out_NHD = torch.zeros_like(q_NHD).index_copy(0, prefix_rows, prefix_out)
@@ -279,7 +275,7 @@ def plan_varlen(spans: DocumentSpans, varlen: Callable[..., Tensor]) -> Attend:
             rest = _Ungather.apply(q_NHD, rest_rows)
             rest_out = varlen(rest, k_NKD, v_NKD, cu_rest, cu_all, longest_rest, longest, True)
             out_NHD = out_NHD.index_copy(0, rest_rows, rest_out)
-        return out_NHD.to(dtype)
+        return out_NHD
 
     return attend
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def axis_pairs(head_width: int) -> tuple[int, int, int]:
-    """How many of the D/2 channel pairs the axes (x, y, plane) get; plane gets about a fifth."""
+    """How many of the D/2 channel pairs the axes (x, y, plane) get; plane gets a quarter."""
     pairs = head_width // 2
     plane = max(1, round(pairs * 0.25))
     x = (pairs - plane) // 2

@@ -83,9 +83,11 @@ class TinyONN(nn.Module):
             nn.init.normal_(parameter, std=std)
         nn.init.zeros_(self.head.weight)
 
-    def use_backend(self, backend: str, device: torch.device | str) -> TinyONN:
+    def use_backend(
+        self, backend: str, device: torch.device | str, precision: str = "bf16"
+    ) -> TinyONN:
         """Decide the attention back-end for ``device`` (see :mod:`tiny_onn.ops`)."""
-        self.attention_backend = resolve_attention(backend, device)
+        self.attention_backend = resolve_attention(backend, device, precision)
         return self
 
     def plan_attention(self, batch: Any) -> Attend:

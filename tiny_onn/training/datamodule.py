@@ -43,6 +43,15 @@ class TrainBatch:
     visible_pairs: int
     step: int
 
+    def pin_memory(self) -> TrainBatch:
+        """What the data loader calls for a GPU: copies from page-locked memory do not wait."""
+        return replace(
+            self,
+            batch=self.batch.pin_memory(),
+            rows_M=self.rows_M.pin_memory(),
+            targets_M=self.targets_M.pin_memory(),
+        )
+
     def to(self, device: torch.device) -> TrainBatch:
         return replace(
             self,
@@ -152,6 +161,7 @@ class PretrainData(L.LightningDataModule):
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=4 if self._workers else None,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=leave_signals_to_the_trainer,
         )
 

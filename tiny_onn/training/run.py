@@ -27,6 +27,7 @@ from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.budget import Budget, check_budget, check_schedule
 from tiny_onn.training.compiler import compile_model
 from tiny_onn.training.datamodule import Positions, PretrainData
+from tiny_onn.training.hardware import with_precision
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
     make_trainer,
@@ -65,6 +66,7 @@ def run_training(config: Config, started: float | None = None) -> int:
     check_budget(config.budget)
     check_schedule(config.optim)
     quiet_lightning()
+    config = with_precision(config)
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     with StopSignals() as signals:
@@ -138,7 +140,7 @@ class _Run:
             make_loggers(self.folder, config.trainer.tensorboard) if self.first else [],
         )
         device = trainer.strategy.root_device
-        model.use_backend(config.ops.backend, device)
+        model.use_backend(config.ops.backend, device, config.trainer.precision)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if config.trainer.compile:
