@@ -61,6 +61,21 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def write_output(path: str | Path, text: str) -> None:
+    """A result asked for by a command: atomic, and one clear line if it cannot be written.
+
+    Raises:
+        UserError: no space, no rights, no folder.
+    """
+    try:
+        atomic_write_text(path, text)
+    except OSError as error:
+        raise UserError(
+            f"cannot write '{path}' ({error.strerror}); expected a writable folder with space "
+            "left; choose another one"
+        ) from error
+
+
 @contextmanager
 def atomic_dir(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it replaces ``path``, else it is removed.

@@ -124,11 +124,12 @@ def test_solutions_are_opened_only_once_the_submission_is_written(job, monkeypat
     assert len(seen) == 2 and seen[0] == seen[1]
 
 
-def test_bad_solutions_still_leave_the_submission(job, tmp_path):
+def test_bad_solutions_still_leave_the_submission_and_an_unscored_page(job, tmp_path):
     (tmp_path / "solutions.json").write_text("{}")
     with pytest.raises(UserError):
         run_submit(job)
     assert list(read(job, SUBMISSION)) == ["t0", "t1"]
+    assert (Path(job.out) / REPORT).is_file() and not (Path(job.out) / SCORE).exists()
 
 
 def test_a_run_without_solutions_leaves_no_old_score_behind(job, tmp_path):

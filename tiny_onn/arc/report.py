@@ -22,7 +22,7 @@ from tiny_onn.arc.score import ScoreReport
 from tiny_onn.arc.submission import ATTEMPT_KEYS, PlainGrid
 from tiny_onn.arc.task import Grid, Task
 from tiny_onn.errors import UserError
-from tiny_onn.files import atomic_write_text
+from tiny_onn.files import write_output
 
 OUTCOMES = ("solved", "near", "unsolved", "unknown")
 """Of a test output and of a task; ``unknown``: no truth was given."""
@@ -110,12 +110,7 @@ def render_report(
         "counts": counts,
         "tasks": tasks,
     }
-    try:
-        atomic_write_text(path, _page(data))
-    except OSError as error:
-        raise UserError(
-            f"cannot write '{path}' ({error.strerror}); expected a writable folder; set out=DIR"
-        ) from error
+    write_output(path, _page(data))
     return counts
 
 

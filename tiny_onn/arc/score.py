@@ -27,7 +27,7 @@ from tiny_onn.arc.sources import PACKAGED_FILES, SPLITS, packaged_path
 from tiny_onn.arc.submission import ATTEMPT_KEYS
 from tiny_onn.arc.task import Grid
 from tiny_onn.errors import UserError, run_cli
-from tiny_onn.files import atomic_write_text
+from tiny_onn.files import write_output
 
 Solutions = dict[str, tuple[Grid, ...]]
 
@@ -316,12 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = score_submission(submission, solutions, ids)
     print(report.render())
     if args.json:
-        try:
-            atomic_write_text(args.json, json.dumps(report.to_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write '{args.json}' ({error.strerror}), expected a writable folder"
-            ) from error
+        write_output(args.json, json.dumps(report.to_dict(), indent=1) + "\n")
     return 0
 
 

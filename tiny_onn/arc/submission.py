@@ -22,7 +22,7 @@ from tiny_onn.arc.select import select_track
 from tiny_onn.arc.sources import load_challenges
 from tiny_onn.arc.task import NUM_COLORS, Grid, Task
 from tiny_onn.errors import UserError, run_cli
-from tiny_onn.files import atomic_write_text
+from tiny_onn.files import write_output
 
 ATTEMPT_KEYS = ("attempt_1", "attempt_2")
 PlainGrid = list[list[int]]
@@ -181,13 +181,7 @@ def write_submission(path: str | Path, submission: Submission) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    text = json.dumps(submission, separators=(",", ":")) + "\n"
-    try:
-        atomic_write_text(path, text)
-    except OSError as error:
-        raise UserError(
-            f"cannot write '{path}' ({error.strerror}); expected a writable folder; set out=DIR"
-        ) from error
+    write_output(path, json.dumps(submission, separators=(",", ":")) + "\n")
 
 
 def find_problems(submission: object, challenges: Sequence[Task]) -> list[str]:

@@ -27,7 +27,7 @@ from tiny_onn.arc.submission import (
 from tiny_onn.arc.task import Task
 from tiny_onn.config.schema import SubmitConfig
 from tiny_onn.errors import UserError
-from tiny_onn.files import atomic_write_text, ensure_writable_dir
+from tiny_onn.files import ensure_writable_dir, write_output
 from tiny_onn.inference.excursion import Precision
 from tiny_onn.inference.predict import Prediction, check_predict, predict_tasks
 from tiny_onn.inference.progress import ProgressPrinter, clock_text
@@ -77,9 +77,12 @@ def run_submit(config: SubmitConfig) -> int:
     print(f"submission: {out / SUBMISSION}")
     print(f"candidates: {out / PREDICTIONS}")
 
-    score, truths = None, None
+    score, truths, unscored = None, None, None
     if config.solutions is not None:
-        score, truths = _score(config.solutions, submission, out)
+        try:
+            score, truths = _score(config.solutions, submission, out)
+        except UserError as error:  # the page is still worth having; told at the end
+            unscored = error
     render_report(
         out / REPORT,
         tasks,
@@ -90,6 +93,8 @@ def run_submit(config: SubmitConfig) -> int:
         facts=run_facts(config, loaded, prediction, counts),
     )
     print(f"report:     {out / REPORT}")
+    if unscored is not None:
+        raise unscored
     return 0
 
 
@@ -301,4 +306,4 @@ def run_facts(
 
 
 def _write_json(path: Path, value: Any) -> None:
-    atomic_write_text(path, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")
+    write_output(path, json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n")

@@ -164,10 +164,12 @@ class _Run:
             self.signals.deferred = False
             loop.progress.close()
         if loop.stopped_by is not None:
-            self.say(
-                f"stopped at step {loop.totals.step}; checkpoint of step {loop.saved_step} in "
-                f"{self.folder}; {_how_to_go_on()}"
+            kept = (
+                "no checkpoint could be written"
+                if loop.saved_step is None
+                else f"checkpoint of step {loop.saved_step} in {self.folder}"
             )
+            self.say(f"stopped at step {loop.totals.step}; {kept}; {_how_to_go_on()}")
             return 128 + loop.stopped_by
         if self.first:
             self._close_folder(loop)
