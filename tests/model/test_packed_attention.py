@@ -68,11 +68,13 @@ def test_reference_equals_three_loops(lengths, share):
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("short", [0, 256])
+@pytest.mark.parametrize("short", [0, 256, "torch"])
 def test_sdpa_equals_reference_in_values_and_gradients(
     lengths, share, kv_heads, short, monkeypatch
 ):
-    monkeypatch.setattr(packed_attention, "SHORT_TOKENS", short)
+    if short != "torch":  # "torch": what float64 and float32 take by default
+        monkeypatch.setattr(packed_attention, "SHORT_TOKENS", short)
+        monkeypatch.setattr(packed_attention, "SHORT_DTYPES", (torch.float64,))
     spans = make_spans(lengths, share)
     inputs = tensors(lengths, 4, kv_heads)
     weight = torch.randn(sum(lengths), 4, 8, dtype=torch.float64)

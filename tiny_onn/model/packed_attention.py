@@ -27,6 +27,9 @@ HIDDEN_SCORE = -1e30
 SHORT_TOKENS = 256
 """Groups of documents up to this long attend by batched matrix products on a CPU."""
 
+SHORT_DTYPES = (torch.bfloat16, torch.float16)
+"""... in these dtypes: in float32 torch's kernel is as fast or faster (exp/bench/attention.py)."""
+
 
 @dataclass(frozen=True)
 class DocumentSpans:
@@ -213,7 +216,10 @@ def plan_sdpa(spans: DocumentSpans) -> Attend:
                 t[rows].unflatten(0, (count, longest)).transpose(1, 2)
                 for t in (q_NHD, k_NKD, v_NKD)
             )
-            if mask is not None and mask.is_floating_point():
+            if mask is not None and mask.is_floating_point() and q.dtype not in SHORT_DTYPES:
+                mask = mask.to(q.dtype)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+            elif mask is not None and mask.is_floating_point():
                 if gqa:
                     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
                 out = _ShortAttention.apply(q, k, v, mask)
