@@ -128,7 +128,7 @@ def choose_tasks(config: SubmitConfig) -> list[Task]:
 def choose_precision(precision: str, device: torch.device) -> Precision:
     """What ``auto`` means on ``device``.
 
-    On a CPU a decoding step's attention takes 0.9 ms in fp32 and 3.8 ms in bf16 (64 rows, 5 heads
+    On a CPU a decoding step's attention took 0.9 ms in fp32 and 3.8 ms in bf16 (64 rows, 5 heads
     of 32, 140 tokens); on a GPU bf16 halves the memory traffic.
     """
     if precision == "auto":
