@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from tiny_onn.config.schema import BudgetConfig, Config, ModelConfig, SubmitConfig
+from tiny_onn.config.schema import BudgetConfig, Config, ModelConfig, OptimConfig, SubmitConfig
 from tiny_onn.errors import UserError
 
 VOCAB_SIZE = 14
@@ -78,6 +79,10 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             raise UserError(f"got {name}={value}; expected a number {words}; change it")
 
 
+def _check_group(group: str, settings: BudgetConfig | ModelConfig | OptimConfig) -> None:
+    check_ranges({f"{group}.{name}": value for name, value in asdict(settings).items()})
+
+
 def check_model(model: ModelConfig) -> None:
     """Widths and heads that fit together.
 
@@ -102,10 +107,10 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_budget(budget: BudgetConfig) -> None:
-    """Exactly one budget.
+    """Exactly one budget, in its range.
 
     Raises:
-        UserError: none or several.
+        UserError: none, several, zero, negative or infinite.
     """
     names = EXCLUSIVE["budget"]
     given = {n: getattr(budget, n) for n in names if getattr(budget, n) is not None}
@@ -115,22 +120,34 @@ def check_budget(budget: BudgetConfig) -> None:
             f"got {got}; expected exactly one of budget.minutes, budget.epochs, budget.steps; "
             "give one, such as budget.minutes=30"
         )
+    _check_group("budget", budget)
+
+
+def check_schedule(optim: OptimConfig) -> None:
+    """Numbers in their ranges; warm-up and decay shares that fit into one run.
+
+    Raises:
+        UserError: a number out of range, or shares that overlap.
+    """
+    _check_group("optim", optim)
+    if optim.warmup_share + optim.decay_share > 1:
+        raise UserError(
+            f"got optim.warmup_share={optim.warmup_share} and optim.decay_share="
+            f"{optim.decay_share}; expected at most 1 together; lower one of them"
+        )
 
 
 def check_train(config: Config) -> None:
-    """Everything ``train.py`` needs beyond types and ranges.
+    """What training needs of a configuration, loaded or made in Python.
+
+    Ranges of the other groups are held on loading.
 
     Raises:
         UserError: the first thing that does not fit.
     """
     check_model(config.model)
     check_budget(config.budget)
-    optim = config.optim
-    if optim.warmup_share + optim.decay_share > 1:
-        raise UserError(
-            f"got optim.warmup_share={optim.warmup_share} and optim.decay_share="
-            f"{optim.decay_share}; expected at most 1 together; lower one of them"
-        )
+    check_schedule(config.optim)
     if not config.data.sources and not config.data.extra_dirs:
         raise UserError(
             "got data.sources=[] and data.extra_dirs=[]; expected at least one of them to name "

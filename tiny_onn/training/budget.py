@@ -7,50 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median_low
 
-from tiny_onn.config.schema import BudgetConfig, OptimConfig
-from tiny_onn.errors import UserError
+from tiny_onn.config.schema import OptimConfig
 
 FINISH_SECONDS = 0.7
 """Kept free after the last step for writing the results and leaving Python (minutes only)."""
-
-
-def check_budget(config: BudgetConfig) -> None:
-    """Exactly one positive budget.
-
-    Raises:
-        UserError: none, several, zero or negative.
-    """
-    given = {
-        name: value
-        for name in ("minutes", "epochs", "steps")
-        if (value := getattr(config, name)) is not None
-    }
-    if len(given) != 1:
-        got = ", ".join(f"budget.{k}={v}" for k, v in given.items()) or "no budget"
-        raise UserError(
-            f"got {got}; expected exactly one of budget.minutes, budget.epochs, budget.steps; "
-            "set one and leave the others null"
-        )
-    ((name, value),) = given.items()
-    if not 0 < value < float("inf"):
-        raise UserError(f"got budget.{name}={value}; expected a number above 0; give more")
-
-
-def check_schedule(optim: OptimConfig) -> None:
-    """Warm-up and decay shares that fit into one run.
-
-    Raises:
-        UserError: shares outside [0, 1] or overlapping.
-    """
-    for name in ("warmup_share", "decay_share", "final_lr_share"):
-        value = getattr(optim, name)
-        if not 0 <= value <= 1:
-            raise UserError(f"got optim.{name}={value}; expected 0 to 1; change it")
-    if optim.warmup_share + optim.decay_share > 1:
-        raise UserError(
-            f"optim.warmup_share={optim.warmup_share} and optim.decay_share={optim.decay_share} "
-            "add up to more than 1; lower one of them"
-        )
 
 
 def lr_scale(share: float, optim: OptimConfig) -> float:

@@ -17,6 +17,7 @@ import torch
 
 from tiny_onn.arc.corpus import Corpus, build_corpus
 from tiny_onn.arc.dataset import EpochBatches
+from tiny_onn.config.check import check_train
 from tiny_onn.config.load import dump_config
 from tiny_onn.config.schema import Config
 from tiny_onn.errors import UserError
@@ -24,7 +25,7 @@ from tiny_onn.files import atomic_write_text, ensure_writable_dir
 from tiny_onn.inference.holdout import evaluate_holdout
 from tiny_onn.model.checkpoint import save_checkpoint
 from tiny_onn.model.tiny_onn import TinyONN, build_model
-from tiny_onn.training.budget import Budget, check_budget, check_schedule
+from tiny_onn.training.budget import Budget
 from tiny_onn.training.compiler import compile_model
 from tiny_onn.training.datamodule import Positions, PretrainData
 from tiny_onn.training.hardware import with_precision
@@ -63,8 +64,7 @@ def run_training(config: Config, started: float | None = None) -> int:
             finite, a full disk.
     """
     started = time.monotonic() if started is None else started
-    check_budget(config.budget)
-    check_schedule(config.optim)
+    check_train(config)  # a Config made in Python was not loaded, so not checked
     quiet_lightning()
     config = with_precision(config)
     if config.trainer.threads:
