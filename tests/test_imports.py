@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LEAVES = ("tiny_onn.errors", "tiny_onn.files")
 TABLE: dict[str, tuple[str, ...]] = {
     "tiny_onn/errors.py": (),
+    "tiny_onn/clock.py": (),
     "tiny_onn/files.py": ("tiny_onn.errors",),
     "tiny_onn/cli.py": (
         "tiny_onn.errors",
@@ -40,6 +41,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "tiny_onn.model",
         "tiny_onn.arc",
         "tiny_onn.config",
+        "tiny_onn.clock",
         *LEAVES,
     ),
     "tiny_onn/training/": ("torch", "numpy", "lightning", "tiny_onn"),

@@ -3,7 +3,7 @@
 import io
 
 from tiny_onn.inference.predict import Progress
-from tiny_onn.inference.progress import ProgressPrinter, clock_text
+from tiny_onn.inference.progress import ProgressPrinter
 
 
 class Terminal(io.StringIO):
@@ -34,13 +34,3 @@ def test_a_terminal_line_is_rewritten_in_place():
     assert text.count("\r") == 2 and text.endswith("\n") and text.count("\n") == 1
     first, second = text.rstrip("\n").split("\r")[1:]
     assert len(second) == len(first)
-
-
-def test_times_read_like_a_clock():
-    assert [clock_text(s) for s in (0, 59.6, 61, 3661, -5)] == [
-        "0:00",
-        "1:00",
-        "1:01",
-        "1:01:01",
-        "0:00",
-    ]

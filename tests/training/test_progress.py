@@ -1,6 +1,6 @@
 import io
 
-from tiny_onn.training.progress import ProgressLine, clock_text
+from tiny_onn.training.progress import ProgressLine
 
 
 class Terminal(io.StringIO):
@@ -58,9 +58,3 @@ def test_a_disabled_line_writes_nothing():
     assert not line.due()
     line.show(**FACTS)
     assert stream.getvalue() == ""
-
-
-def test_clock_text():
-    assert [clock_text(s) for s in (0, 59.6, 3599, 3600, None)] == [
-        "0:00", "1:00", "59:59", "1:00:00", "-:--"
-    ]  # fmt: skip

@@ -7,16 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from tiny_onn.clock import clock_text
 from tiny_onn.inference.predict import Progress
 
 TERMINAL_SECONDS, FILE_SECONDS = 0.5, 10.0
-
-
-def clock_text(seconds: float) -> str:
-    """Seconds as m:ss, hours in front when there are any."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class ProgressPrinter:

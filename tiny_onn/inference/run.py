@@ -25,12 +25,13 @@ from tiny_onn.arc.submission import (
     write_submission,
 )
 from tiny_onn.arc.task import Task
+from tiny_onn.clock import clock_text
 from tiny_onn.config.schema import SubmitConfig
 from tiny_onn.errors import UserError
 from tiny_onn.files import ensure_writable_dir, write_output
 from tiny_onn.inference.excursion import Precision
 from tiny_onn.inference.predict import Prediction, check_predict, predict_tasks
-from tiny_onn.inference.progress import ProgressPrinter, clock_text
+from tiny_onn.inference.progress import ProgressPrinter
 from tiny_onn.inference.vote import Candidate, rank, vote
 from tiny_onn.model.checkpoint import Loaded, load_model
 

@@ -7,16 +7,9 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from tiny_onn.clock import clock_text
+
 BAR_WIDTH = 20
-
-
-def clock_text(seconds: float | None) -> str:
-    """Seconds as m:ss or h:mm:ss; ``None`` as ``-:--``."""
-    if seconds is None:
-        return "-:--"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class ProgressLine:

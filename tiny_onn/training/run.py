@@ -17,6 +17,7 @@ import torch
 
 from tiny_onn.arc.corpus import Corpus, build_corpus
 from tiny_onn.arc.dataset import EpochBatches
+from tiny_onn.clock import clock_text
 from tiny_onn.config.check import check_train
 from tiny_onn.config.load import dump_config
 from tiny_onn.config.schema import Config
@@ -37,7 +38,7 @@ from tiny_onn.training.lightning_trainer import (
 )
 from tiny_onn.training.loop import RunLoop
 from tiny_onn.training.pretrain import Pretrain
-from tiny_onn.training.progress import ProgressLine, clock_text
+from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.provenance import corpus_hash, provenance
 from tiny_onn.training.resume import (
     ResumePoint,
