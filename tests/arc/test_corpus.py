@@ -224,3 +224,30 @@ def test_hashes_change_with_any_cell_and_with_nothing_else(tmp_path, job):
     changed = build_corpus(DataConfig(sources=[str(other)]), 0).report
     assert changed.corpus_sha256 != first.corpus_sha256
     assert changed.sources["job.json"].sha256 != first.sources["job.json"].sha256
+
+
+ONE = ([pair(1), pair(2)], [([[4]], None)])
+TWO = ([pair(5), pair(6)], [([[7]], None)])
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        {"one": ONE},
+        {"two": TWO, "one": ONE},
+        {"one": ONE, "other": TWO},
+        {"one": ONE, "two": (TWO[0][::-1], TWO[1])},
+        {"one": ONE, "two": ([pair(5), ([[6]], [[8]])], TWO[1])},
+        {"one": ONE, "two": (TWO[0], [([[8]], None)])},
+        {"one": ONE, "two": ([pair(5), pair(6), pair(6, 15)], TWO[1])},
+    ],
+    ids=["task", "order", "id", "pair-order", "cell", "test-input", "pair-too-long-to-learn"],
+)
+def test_whatever_training_reads_of_its_data_changes_the_corpus_hash(tmp_path, tasks):
+    sources = [
+        write_tasks(tmp_path / name / "job.json", content)
+        for name, content in (("before", {"one": ONE, "two": TWO}), ("after", tasks))
+    ]
+    data = [DataConfig(sources=[source], track="all", max_tokens=100) for source in sources]
+    before, after = (build_corpus(d).report.corpus_sha256 for d in data)
+    assert before != after

@@ -8,7 +8,7 @@ from tiny_onn.losses.language import output_nll
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.datamodule import prepare
 from tiny_onn.training.loop import RunTotals
-from tiny_onn.training.provenance import code_version, corpus_hash, train_flops
+from tiny_onn.training.provenance import code_version, train_flops
 
 
 @pytest.mark.parametrize("modulation", ["none", "film"])
@@ -47,23 +47,6 @@ def test_attention_counts_twelve_per_channel_and_visible_pair(tiny):
     model = build_model(config.model, 8)
     flops = train_flops(model, config.model, RunTotals(visible_pairs=1000))
     assert flops == 12 * 3 * (2 * 16) * 1000
-
-
-def test_the_corpus_hash_sees_every_cell_and_every_task(tiny, task_dir, tmp_path):
-    config = tiny()
-    first = corpus_hash(build_corpus(config.data))
-    assert corpus_hash(build_corpus(config.data)) == first
-    for number, path in enumerate(task_dir.iterdir()):
-        text = path.read_text()
-        (tmp_path / path.name).write_text(text if number else flip(text))
-    changed = tiny(data={"extra_dirs": [str(tmp_path)]})
-    assert corpus_hash(build_corpus(changed.data)) != first
-
-
-def flip(text):
-    """The first cell of the first grid changed."""
-    place = text.index("[[") + 2
-    return text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
 
 
 def test_the_code_version_names_a_commit_in_a_checkout():

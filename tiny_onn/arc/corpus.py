@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tiny_onn.arc.leak_report import Exclusion, LeakReport, SourceCount, hash_pairs, hash_tasks
+from tiny_onn.arc.leak_report import Exclusion, LeakReport, SourceCount, hash_corpus, hash_tasks
 from tiny_onn.arc.overlap import remove_overlaps
 from tiny_onn.arc.select import check_ids, in_nano_track, read_ids
 from tiny_onn.arc.sources import PACKAGED_FILES, load_extra_dir, load_packaged, load_source
@@ -70,10 +70,10 @@ def build_corpus(data: DataConfig, seed: int = 0) -> Corpus:
         raise UserError("got no data.sources and no data.extra_dirs; expected at least one source")
     tasks, excluded = remove_overlaps(loaded, _protected(data, loaded))
     tasks = _select(tasks, data, excluded)
-    examples, holdout, views_of = [], [], []
+    examples, holdout, shown_tasks = [], [], []
     for row, task in enumerate(tasks):
         learn, keep, shown = _split_pairs(task, data)
-        views_of.append(shown)
+        shown_tasks.append(shown)
         examples += _fitting(row, shown, learn, data, excluded)
         holdout += _fitting(row, shown, keep, data, excluded)
     if not examples:
@@ -86,8 +86,8 @@ def build_corpus(data: DataConfig, seed: int = 0) -> Corpus:
         task_ids=tuple(task.id for task in tasks),
         examples=tuple(examples),
         holdout=tuple(holdout),
-        tasks=tuple(views_of),
-        report=_report(loaded, tasks, examples, holdout, excluded),
+        tasks=tuple(shown_tasks),
+        report=_report(loaded, shown_tasks, examples, holdout, excluded),
     )
 
 
@@ -170,7 +170,7 @@ def _summary(excluded: Sequence[Exclusion]) -> str:
 
 def _report(
     loaded: Sequence[Task],
-    tasks: Sequence[Task],
+    shown: Sequence[Task],
     examples: Sequence[Example],
     holdout: Sequence[Example],
     excluded: Sequence[Exclusion],
@@ -178,9 +178,9 @@ def _report(
     by_source: dict[str, list[Task]] = {}
     for task in loaded:
         by_source.setdefault(task.source, []).append(task)
-    used = Counter(task.source for task in tasks)
-    learned = Counter((tasks[e.task].source, e.key.split("/")[-2]) for e in examples)
-    held = Counter(tasks[e.task].source for e in holdout)
+    used = Counter(task.source for task in shown)
+    learned = Counter((shown[e.task].source, e.key.split("/")[-2]) for e in examples)
+    held = Counter(shown[e.task].source for e in holdout)
     sources = {}
     for name, members in by_source.items():
         answered = [task for task in members if isinstance(task, TrainingTask)]
@@ -204,8 +204,8 @@ def _report(
     return LeakReport(
         sources=sources,
         excluded=tuple(excluded),
-        num_tasks=len(tasks),
+        num_tasks=len(shown),
         num_examples=len(examples),
         num_holdout=len(holdout),
-        corpus_sha256=hash_pairs(named),
+        corpus_sha256=hash_corpus(shown, named),
     )

@@ -42,7 +42,11 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """Sources, exclusions and hashes. ``corpus_sha256`` covers every example and held-out pair."""
+    """Sources, exclusions and hashes.
+
+    corpus_sha256: of the tasks as they are shown, in order, every example and held-out pair; by
+    it a resumed run knows its data again.
+    """
 
     sources: dict[str, SourceCount]
     excluded: tuple[Exclusion, ...]
@@ -94,9 +98,9 @@ def _add_grid(digest: Any, grid: Grid) -> None:
     digest.update(bytes(grid.shape) + grid.tobytes())
 
 
-def hash_pairs(pairs: Iterable[tuple[str, Pair]]) -> str:
-    """sha256 of named pairs, in their order."""
-    digest = hashlib.sha256()
+def hash_corpus(tasks: Iterable[Task], pairs: Iterable[tuple[str, Pair]]) -> str:
+    """sha256 of the tasks that a run shows and of named pairs, both in their order."""
+    digest = hashlib.sha256(hash_tasks(tasks).encode())
     for name, pair in pairs:
         digest.update(name.encode() + b"\0")
         _add_grid(digest, pair.input)

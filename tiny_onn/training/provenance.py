@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 from pathlib import Path
@@ -41,18 +40,6 @@ def code_version() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
     }
-
-
-def corpus_hash(corpus: Corpus) -> str:
-    """SHA-256 of everything that is learnt from, in order: task rows and their examples."""
-    digest = hashlib.sha256()
-    for task_id in corpus.task_ids:
-        digest.update(task_id.encode() + b"\0")
-    for example in corpus.examples:
-        digest.update(f"{example.task}:{example.key}".encode())
-        for grid in (example.pair.input, example.pair.output):
-            digest.update(repr(grid.shape).encode() + grid.tobytes())
-    return digest.hexdigest()
 
 
 def device_name(device: torch.device) -> str:
@@ -103,7 +90,7 @@ def provenance(
         "stage": config.stage,
         "preset": config.preset,
         "seed": config.seed,
-        "data_sha256": corpus_hash(corpus),
+        "data_sha256": corpus.report.corpus_sha256,
         "sources_sha256": {n: c.sha256 for n, c in corpus.report.sources.items()},
         "tasks": len(corpus.task_ids),
         "examples": len(corpus.examples),

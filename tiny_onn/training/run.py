@@ -39,7 +39,7 @@ from tiny_onn.training.lightning_trainer import (
 from tiny_onn.training.loop import RunLoop
 from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.progress import ProgressLine
-from tiny_onn.training.provenance import corpus_hash, provenance
+from tiny_onn.training.provenance import provenance
 from tiny_onn.training.resume import (
     ResumePoint,
     find_resume,
@@ -117,7 +117,7 @@ class _Run:
             )
             return 0
         corpus = build_corpus(config.data, config.seed)
-        data_hash = corpus_hash(corpus)
+        data_hash = corpus.report.corpus_sha256
         restored = self._resume_point(data_hash)
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(corpus.task_ids))
