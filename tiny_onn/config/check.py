@@ -33,7 +33,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "model.loops": _AT_LEAST_1,
     "model.heads": _AT_LEAST_1,
     "model.kv_heads": _AT_LEAST_1,
-    "model.head_width": (8, math.inf, "an even number, at least 8"),
+    "model.head_width": (8, math.inf, "at least 8, even"),
     "model.ffn_width": _AT_LEAST_1,
     "model.rope_base": (1, math.inf, "at least 1"),
     "model.dropout": _BELOW_1,
@@ -84,15 +84,17 @@ def _check_group(group: str, settings: BudgetConfig | ModelConfig | OptimConfig)
 
 
 def check_model(model: ModelConfig) -> None:
-    """Widths and heads that fit together.
+    """Numbers in their ranges; widths and heads that fit together.
 
     Raises:
-        UserError: heads that cannot be shared out, an odd head, another vocabulary.
+        UserError: a number out of range, heads that cannot be shared out, an odd head, another
+            vocabulary.
     """
+    _check_group("model", model)
     if model.heads % model.kv_heads:
         raise UserError(
-            f"got model.heads={model.heads} and model.kv_heads={model.kv_heads}; expected heads "
-            "to be a multiple of kv_heads; change one of them"
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; expected "
+            "heads to be a multiple of kv_heads; change one of them"
         )
     if model.head_width % 2:
         raise UserError(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiny_onn.config.check import check_model
 from tiny_onn.config.schema import ModelConfig
-from tiny_onn.errors import UserError
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
 from tiny_onn.model.embedding import Embedding
@@ -170,15 +170,7 @@ def build_model(config: ModelConfig, num_tasks: int) -> TinyONN:
     """The network ``config`` describes, with ``num_tasks`` task vectors, on the CPU.
 
     Raises:
-        UserError: impossible widths or head counts.
+        UserError: see :func:`tiny_onn.config.check.check_model`.
     """
-    if config.heads % config.kv_heads:
-        raise UserError(
-            f"model.kv_heads={config.kv_heads} does not divide model.heads={config.heads}; "
-            "choose a divisor"
-        )
-    if config.head_width % 2 or config.head_width < 8:
-        raise UserError(
-            f"model.head_width={config.head_width}; expected an even number of at least 8"
-        )
+    check_model(config)
     return TinyONN(config, num_tasks)
