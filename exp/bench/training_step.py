@@ -45,7 +45,7 @@ from tiny_onn.config.schema import Config
 from tiny_onn.losses.language import output_nll
 from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.budget import Budget, lr_scale
-from tiny_onn.training.datamodule import PretrainData, StepStream, TrainBatch
+from tiny_onn.training.datamodule import PretrainData, StepStream, TrainBatch, rounding
 from tiny_onn.training.hardware import with_precision
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
@@ -74,12 +74,16 @@ class Setup:
         if config.trainer.compile:
             self.model.compile_blocks()
 
-    def epochs(self, rank: int = 0, world: int = 1) -> EpochBatches:
-        return EpochBatches(self.corpus, self.config.data, self.config.seed, rank, world)
+    def epochs(self, rank: int = 0, world: int = 1, shift: int = 0) -> EpochBatches:
+        seed = self.config.seed + shift
+        return EpochBatches(self.corpus, self.config.data, seed, rank, world)
 
-    def stream(self, first: int) -> Iterator[TrainBatch]:
-        """The batches of step ``first`` and on; the epoch it stands in is planned here."""
-        stream = StepStream(self.epochs(), first, self._causal)
+    def stream(self, first: int, shift: int = 0) -> Iterator[TrainBatch]:
+        """The batches of step ``first`` and on, of the run's seed plus ``shift``.
+
+        The epoch it stands in is planned here.
+        """
+        stream = StepStream(self.epochs(shift=shift), first, self._causal, rounding(self.device))
         stream.positions.locate(first)
         return iter(stream)
 
@@ -131,7 +135,7 @@ class Interleaved(RunLoop):
 
     def on_train_start(self, trainer: Any, module: Pretrain) -> None:
         self.ours, self.bare, self.making, self.tokens = [], [], [], []
-        self.stream = self.setup.stream(self.warmup)
+        self.stream = self.setup.stream(self.warmup, shift=1)
         self.began: float | None = None
         super().on_train_start(trainer, module)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiny_onn.arc.packing import pack
+from tiny_onn.arc.packing import fill, pack
 from tiny_onn.arc.task import Pair
 from tiny_onn.arc.tokens import END, IGNORE, SEP, encode_demos, encode_pair, encode_prompt
 
@@ -22,6 +22,21 @@ DOCUMENTS = st.lists(
     min_size=1,
     max_size=8,
 )
+
+
+@given(DOCUMENTS, st.integers(1, 70))
+def test_filler_rounds_the_rows_and_leaves_every_document_as_it_was(documents, multiple):
+    plain = pack(documents)
+    filled = fill(plain, multiple)
+    n = plain.num_tokens
+    assert filled.num_tokens % multiple == 0 and 0 <= filled.num_tokens - n < multiple
+    assert torch.equal(filled.tokens_N[:n], plain.tokens_N)
+    assert torch.equal(filled.positions_N3[:n], plain.positions_N3)
+    assert torch.equal(filled.layout.doc_N[:n], plain.layout.doc_N)
+    assert filled.num_target_tokens == plain.num_target_tokens
+    assert filled.layout.lengths == plain.layout.lengths
+    rows = {len(t) for t in (filled.positions_N3, filled.targets_N, filled.layout.doc_N)}
+    assert rows == {filled.num_tokens}
 
 
 @given(DOCUMENTS)

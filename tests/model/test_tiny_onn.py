@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_onn.arc.packing import pack
+from tiny_onn.arc.packing import fill, pack
 from tiny_onn.arc.task import Pair
-from tiny_onn.arc.tokens import encode_pair
+from tiny_onn.arc.tokens import IGNORE, encode_pair
 from tiny_onn.config.schema import ModelConfig
 from tiny_onn.errors import BackendUnavailable, UserError
+from tiny_onn.losses import language
+from tiny_onn.losses.language import output_nll
 from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.training.datamodule import prepare
 
 SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 1))]
 
@@ -103,6 +106,29 @@ def test_reference_and_sdpa_backends_agree_in_loss_gradients():
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_filler_rows_change_no_logit_and_no_gradient(changes, backend):
+    plain = pack(documents())
+    found = []
+    for batch in (plain, fill(plain, 64)):
+        model = tiny_model(**changes).use_backend(backend, "cpu")
+        train = prepare(batch, step=0, multiple=1 if batch is plain else 64)
+        logits = model(train.batch, train.rows_M).logits_MV
+        loss, correct = output_nll(logits, train.targets_M)
+        loss.backward()
+        found.append(
+            (loss, correct, logits[: train.num_targets], *(p.grad for p in model.parameters()))
+        )
+    assert len(fill(plain, 64).tokens_N) > len(plain.tokens_N)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_losses_and_tokens_agree_on_what_has_no_target():
+    assert language.IGNORE == IGNORE
 
 
 def test_rows_pick_the_same_logits_with_less_work():

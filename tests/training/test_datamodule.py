@@ -9,8 +9,8 @@ from tiny_onn.arc.corpus import build_corpus
 from tiny_onn.arc.dataset import EpochBatches
 from tiny_onn.arc.packing import pack
 from tiny_onn.arc.task import Pair
-from tiny_onn.arc.tokens import encode_pair
-from tiny_onn.training.datamodule import Positions, StepStream, prepare
+from tiny_onn.arc.tokens import IGNORE, encode_pair
+from tiny_onn.training.datamodule import CPU_ROUNDING, Positions, StepStream, prepare, rounding
 
 
 def test_positions_walk_through_epochs_of_different_lengths():
@@ -63,3 +63,22 @@ def test_pinning_reaches_every_tensor_and_changes_no_value(monkeypatch):
     assert torch.equal(pinned.batch.tokens_N, plain.batch.tokens_N)
     assert torch.equal(pinned.batch.layout.doc_N, plain.batch.layout.doc_N)
     assert torch.equal(pinned.rows_M, plain.rows_M) and pinned.step == 4
+
+
+@pytest.mark.parametrize("multiple", [1, 64])
+def test_rounded_batches_have_the_same_targets_and_counts(tiny, multiple):
+    config = tiny()
+    batch = EpochBatches(build_corpus(config.data), config.data, 0).batch(0, 0)
+    plain, rounded = prepare(batch, 0), prepare(batch, 0, multiple=multiple)
+    assert len(rounded.rows_M) % multiple == len(rounded.batch.tokens_N) % multiple == 0
+    assert len(rounded.targets_M) == len(rounded.rows_M)
+    real = rounded.targets_M != IGNORE
+    assert torch.equal(rounded.rows_M[real], plain.rows_M)
+    assert torch.equal(rounded.targets_M[real], plain.targets_M)
+    for name in ("num_tokens", "num_targets", "visible_pairs"):
+        assert getattr(rounded, name) == getattr(plain, name)
+
+
+def test_only_a_cpu_rounds():
+    assert rounding(torch.device("cpu")) == CPU_ROUNDING > 1
+    assert rounding(torch.device("cuda")) == 1

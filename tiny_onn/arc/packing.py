@@ -1,4 +1,4 @@
-"""Documents packed into flat batches: no padding, boundaries in a Layout.
+"""Documents packed into flat batches: no padding between them, boundaries in a Layout.
 
 Shapes: N packed tokens, B documents.
 """
@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tiny_onn.arc.tokens import END, IGNORE, Document
+from tiny_onn.arc.tokens import END, IGNORE, START, Document
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Layout:
     """Where documents begin and end.
 
     cu_seqlens: int32 (B+1,) offsets; max_seqlen: longest document; prefix_lens: int64 (B,);
-    doc_N: int64 (N,) document of every token; ``lengths`` and ``prefixes`` say the same as
-    Python numbers, so that nothing has to wait for a device.
+    doc_N: int64 (N,) document of every token (0 for filler rows); ``lengths`` and ``prefixes``
+    say the same as Python numbers, so that nothing has to wait for a device.
     """
 
     cu_seqlens: Tensor
@@ -96,6 +97,25 @@ class Batch:
             view_B=self.view_B.to(device, non_blocking=True),
             layout=self.layout.to(device),
         )
+
+
+def fill(batch: Batch, multiple: int) -> Batch:
+    """``batch`` with rows after its last document, so that their number is a multiple.
+
+    A CPU's matrix library compiles code for every new shape; rounded batches have few shapes.
+    Filler rows hold START at the origin, carry no target and are attended by nothing: every
+    other row's result is what it is without them.
+    """
+    rows = -batch.num_tokens % multiple
+    if not rows:
+        return batch
+    return replace(
+        batch,
+        tokens_N=F.pad(batch.tokens_N, (0, rows), value=START),
+        positions_N3=F.pad(batch.positions_N3, (0, 0, 0, rows)),
+        targets_N=F.pad(batch.targets_N, (0, rows), value=IGNORE),
+        layout=replace(batch.layout, doc_N=F.pad(batch.layout.doc_N, (0, rows))),
+    )
 
 
 def pack(documents: Sequence[Document], loss_on_inputs: bool = False) -> Batch:

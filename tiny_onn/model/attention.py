@@ -20,7 +20,7 @@ class AttentionContext:
     """What all blocks share in one forward: rotations and how to attend.
 
     Packed forward: ``attend`` is set; with ``cache`` too it also fills the cache (prefill).
-    Decoding step: ``attend`` is None, ``visible_B11T`` masks the cache.
+    Decoding step: ``attend`` is None, ``bias_B11T`` hides keys of the cache.
     """
 
     cos: Tensor
@@ -29,7 +29,7 @@ class AttentionContext:
     cache: KVCache | None = None
     doc_N: Tensor | None = None
     column_N: Tensor | None = None
-    visible_B11T: Tensor | None = None
+    bias_B11T: Tensor | None = None
 
 
 class FullAttention(nn.Module):
@@ -68,7 +68,7 @@ class FullAttention(nn.Module):
             q_NHD.unsqueeze(2).to(keys.dtype),
             keys,
             values,
-            attn_mask=context.visible_B11T,
+            attn_mask=context.bias_B11T,
             enable_gqa=self.heads != self.kv_heads,
         )
         return out_BH1D.squeeze(2)

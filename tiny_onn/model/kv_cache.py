@@ -33,6 +33,7 @@ class KVCache:
         self.task_B = self.view_B = lengths_B
         self._room = min(longest + GROWTH, capacity)
         self._call = 0
+        self._slot_BK = lengths_B
 
     def fill(self, k_NKD: Tensor, v_NKD: Tensor, doc_N: Tensor, column_N: Tensor) -> None:
         """Append one attention call's prompt keys and values (packed) to the cache."""
@@ -42,7 +43,9 @@ class KVCache:
             store.append(buffer.transpose(1, 2).contiguous())
 
     def start_step(self) -> Tensor:
-        """Begin a decoding step; returns the mask (B, 1, 1, T) of the keys it may see.
+        """Begin a decoding step; returns what is added to scores (B, 1, 1, T): 0, -inf for keys
+        that a row may not see. (Additive, since SDPA would turn a boolean mask into that in every
+        layer.)
 
         Raises:
             IndexError: a row's capacity is used up.
@@ -57,16 +60,21 @@ class KVCache:
             self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
             self._room += more
         self._call = 0
-        column_T = torch.arange(self.longest + 1, device=self.lengths_B.device)
-        return (column_T[None, :] <= self.lengths_B[:, None])[:, None, None, :]
+        keys = self.keys[0]
+        head_BK = torch.arange(keys[:, :, 0, 0].numel(), device=keys.device)
+        self._slot_BK = head_BK * self._room + self.lengths_B.repeat_interleave(keys.shape[1])
+        column_T = torch.arange(self.longest + 1, device=keys.device)
+        hidden_BT = column_T[None, :] > self.lengths_B[:, None]
+        bias_BT = torch.zeros(hidden_BT.shape, dtype=keys.dtype, device=keys.device)
+        return bias_BT.masked_fill_(hidden_BT, -torch.inf)[:, None, None, :]
 
     def append(self, k_BKD: Tensor, v_BKD: Tensor) -> tuple[Tensor, Tensor]:
         """Write this step's key and value of the next attention call; returns what it may see."""
         keys, values = self.keys[self._call], self.values[self._call]
         self._call += 1
-        row_B = torch.arange(len(self.lengths_B), device=keys.device)
-        keys[row_B, :, self.lengths_B] = k_BKD.to(keys.dtype)
-        values[row_B, :, self.lengths_B] = v_BKD.to(values.dtype)
+        for store, new in ((keys, k_BKD), (values, v_BKD)):
+            rows = new.to(store.dtype).reshape(-1, store.shape[-1])
+            store.view(-1, store.shape[-1]).index_copy_(0, self._slot_BK, rows)
         return keys[:, :, : self.longest + 1], values[:, :, : self.longest + 1]
 
     def finish_step(self) -> None:
@@ -77,5 +85,8 @@ class KVCache:
         """Keep only these rows, in this order (finished documents leave the batch)."""
         self.lengths_B = self.lengths_B[index_B]
         self.task_B, self.view_B = self.task_B[index_B], self.view_B[index_B]
-        self.keys = [k[index_B] for k in self.keys]
-        self.values = [v[index_B] for v in self.values]
+        if len(index_B):
+            self.longest = int(self.lengths_B.max())
+        self._room = min(self.longest + GROWTH, self._room)
+        self.keys = [k[index_B, :, : self._room] for k in self.keys]
+        self.values = [v[index_B, :, : self._room] for v in self.values]

@@ -286,6 +286,16 @@ def plan_varlen(spans: DocumentSpans, varlen: Callable[..., Tensor]) -> Attend:
     return attend
 
 
+def beside_filler(attend: Attend, num_tokens: int, filler: int) -> Attend:
+    """``attend`` over the first ``num_tokens`` rows; the ``filler`` rows after them get zeros."""
+
+    def filled(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+        out_NHD = attend(q_NHD[:num_tokens], k_NKD[:num_tokens], v_NKD[:num_tokens])
+        return F.pad(out_NHD, (0, 0, 0, 0, 0, filler))
+
+    return filled
+
+
 def torch_varlen() -> Callable[..., Tensor]:
     """torch's own variable-length attention (torch >= 2.10, CUDA) in ``plan_varlen``'s form."""
     from torch.nn.attention.varlen import varlen_attn

@@ -24,6 +24,7 @@ from tiny_onn.model.kv_cache import KVCache
 from tiny_onn.model.packed_attention import (
     Attend,
     DocumentSpans,
+    beside_filler,
     plan_reference,
     plan_sdpa,
     plan_varlen,
@@ -91,8 +92,13 @@ class TinyONN(nn.Module):
         return self
 
     def plan_attention(self, batch: Any) -> Attend:
-        """How this batch's documents attend, by the chosen back-end."""
-        layout = batch.layout
+        """How this batch's documents attend, by the chosen back-end (filler rows do not)."""
+        attend = self._plan_documents(batch.layout)
+        num_tokens = sum(batch.layout.lengths)
+        filler = len(batch.tokens_N) - num_tokens
+        return beside_filler(attend, num_tokens, filler) if filler else attend
+
+    def _plan_documents(self, layout: Any) -> Attend:
         causal = self.config.mask == "causal"
         prefix_lens_B = torch.zeros_like(layout.prefix_lens) if causal else layout.prefix_lens
         lengths = layout.lengths
@@ -155,8 +161,8 @@ class TinyONN(nn.Module):
     def step(self, tokens_B: Tensor, positions_B3: Tensor, cache: KVCache) -> Tensor:
         """Feed one token to every row of the cache; returns the next token's logits_BV."""
         cos, sin = self.rope(positions_B3)
-        visible_B11T = cache.start_step()
-        context = AttentionContext(cos, sin, cache=cache, visible_B11T=visible_B11T)
+        bias_B11T = cache.start_step()
+        context = AttentionContext(cos, sin, cache=cache, bias_B11T=bias_B11T)
         doc_B = torch.arange(len(tokens_B), device=tokens_B.device)
         x_BC, task_BC = self.embedding(tokens_B, doc_B, cache.task_B, cache.view_B)
         for _ in range(self.config.loops):

@@ -12,12 +12,16 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tiny_onn.arc.packing import Batch
+from tiny_onn.arc.packing import Batch, fill
 from tiny_onn.arc.tokens import IGNORE
 from tiny_onn.training.signals import SIGNALS
+
+CPU_ROUNDING = 64
+"""On a CPU, N and M are multiples of this: new shapes cost 8% of a step (exp/LOG.md)."""
 
 
 class Epochs(Protocol):
@@ -32,7 +36,8 @@ class Epochs(Protocol):
 class TrainBatch:
     """A packed batch and what the loader can work out before the accelerator needs it.
 
-    rows_M, targets_M: int64, the rows that carry a target and their targets. visible_pairs:
+    rows_M, targets_M: int64, the rows that carry a target and their targets (filled up with row 0
+    and IGNORE where batches are rounded). num_tokens, num_targets: without filler. visible_pairs:
     query-key pairs that attention looks at. step: number of the step (from 0) it is for.
     """
 
@@ -40,6 +45,7 @@ class TrainBatch:
     rows_M: Tensor
     targets_M: Tensor
     num_tokens: int
+    num_targets: int
     visible_pairs: int
     step: int
 
@@ -60,23 +66,21 @@ class TrainBatch:
             targets_M=self.targets_M.to(device, non_blocking=True),
         )
 
-    @property
-    def num_targets(self) -> int:
-        return len(self.targets_M)
 
-
-def prepare(batch: Batch, step: int, causal: bool = False) -> TrainBatch:
-    """Rows, targets and counts of ``batch``."""
+def prepare(batch: Batch, step: int, causal: bool = False, multiple: int = 1) -> TrainBatch:
+    """Rows, targets and counts of ``batch``; N and M are rounded up to a multiple."""
     rows_M = (batch.targets_N != IGNORE).nonzero().squeeze(1)
+    filler = -len(rows_M) % multiple
     layout = batch.layout
     length_B = layout.cu_seqlens.diff().long()
     prefix_B = torch.zeros_like(length_B) if causal else layout.prefix_lens.clamp(max=length_B)
     pairs_B = prefix_B**2 + (length_B * (length_B + 1) - prefix_B * (prefix_B + 1)) // 2
     return TrainBatch(
-        batch=batch,
-        rows_M=rows_M,
-        targets_M=batch.targets_N[rows_M],
-        num_tokens=len(batch.tokens_N),
+        batch=fill(batch, multiple),
+        rows_M=F.pad(rows_M, (0, filler)),
+        targets_M=F.pad(batch.targets_N[rows_M], (0, filler), value=IGNORE),
+        num_tokens=batch.num_tokens,
+        num_targets=len(rows_M),
         visible_pairs=int(pairs_B.sum()),
         step=step,
     )
@@ -118,8 +122,10 @@ class StepStream(IterableDataset):
     A data loader asks its workers in turn, so the order is that of a single process.
     """
 
-    def __init__(self, epochs: Epochs, first: int = 0, causal: bool = False) -> None:
-        self.epochs, self.first, self.causal = epochs, first, causal
+    def __init__(
+        self, epochs: Epochs, first: int = 0, causal: bool = False, multiple: int = 1
+    ) -> None:
+        self.epochs, self.first, self.causal, self.multiple = epochs, first, causal, multiple
         self.positions = Positions(epochs.num_batches)
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -128,8 +134,14 @@ class StepStream(IterableDataset):
         if worker is not None:
             step, stride = self.first + worker.id, worker.num_workers
         while True:
-            yield prepare(self.epochs.batch(*self.positions.locate(step)), step, self.causal)
+            batch = self.epochs.batch(*self.positions.locate(step))
+            yield prepare(batch, step, self.causal, self.multiple)
             step += stride
+
+
+def rounding(device: torch.device) -> int:
+    """What the rows of a batch are rounded up to on ``device``."""
+    return CPU_ROUNDING if device.type == "cpu" else 1
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -156,8 +168,9 @@ class PretrainData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         epochs = self._make_epochs(self.trainer.global_rank, self.trainer.world_size)
+        multiple = rounding(self.trainer.strategy.root_device)
         return DataLoader(
-            StepStream(epochs, self._first_step, self._causal),
+            StepStream(epochs, self._first_step, self._causal, multiple),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=4 if self._workers else None,
