@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tiny_onn.arc.parse import grid_problem
-from tiny_onn.arc.score import ScoreReport
+from tiny_onn.arc.score_report import ScoreReport
 from tiny_onn.arc.submission import ATTEMPT_KEYS, PlainGrid
 from tiny_onn.arc.task import Grid, Task
 from tiny_onn.errors import UserError

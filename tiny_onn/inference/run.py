@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from tiny_onn.arc.report import AttemptInfo, render_report
-from tiny_onn.arc.score import PACKAGED, ScoreReport, Solutions, load_solutions, score_submission
+from tiny_onn.arc.score import PACKAGED, Solutions, load_solutions, score_submission
+from tiny_onn.arc.score_report import ScoreReport
 from tiny_onn.arc.select import select_ids, select_track
 from tiny_onn.arc.sources import load_challenges
 from tiny_onn.arc.submission import (
