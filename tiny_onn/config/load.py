@@ -7,8 +7,8 @@ arguments). The only file that knows OmegaConf, and PyYAML for the error type Om
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,29 +16,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tiny_onn.config.check import (
-    EXCLUSIVE,
-    check_model,
-    check_ranges,
-    check_submit,
-    check_train,
-)
+from tiny_onn.config.check import check_model, check_ranges, check_submit, check_train
 from tiny_onn.config.help import submit_help, train_help
 from tiny_onn.config.keys import Key, keys_of, suggestion
+from tiny_onn.config.layer import Layer, displaced, flatten, in_origin
 from tiny_onn.config.schema import Config, SubmitConfig
 from tiny_onn.errors import UserError
 
 AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig)
 
 _HELP_FLAGS = frozenset({"-h", "--help", "help"})
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Settings of one origin: flat {full key: value} and the words that name the origin."""
-
-    values: dict[str, Any]
-    origin: str
 
 
 def configs_folder() -> Path:
@@ -139,7 +126,7 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
         UserError: an unknown, missing or wrong value; ``origin`` names where.
     """
     keys = keys_of(Config)
-    values = dict(_flatten(saved, keys, origin))
+    values = dict(flatten(saved, keys, origin))
     references = [name for name, value in values.items() if "${" in str(value)]
     if references:
         raise UserError(
@@ -185,7 +172,7 @@ def _read_yaml(path: Path, origin: str) -> dict[str, Any]:
 
 def _file_layer(path: Path, keys: Mapping[str, Key]) -> Layer:
     origin = f"configs/{path.relative_to(configs_folder())}"
-    return Layer(dict(_flatten(_read_yaml(path, origin), keys, origin)), origin)
+    return Layer(dict(flatten(_read_yaml(path, origin), keys, origin)), origin)
 
 
 def _argument_layer(arguments: Sequence[str], keys: Mapping[str, Key]) -> Layer:
@@ -196,7 +183,7 @@ def _argument_layer(arguments: Sequence[str], keys: Mapping[str, Key]) -> Layer:
             bare = argument.strip("-=") or "key"
             example = bare if "=" in bare else f"{bare}=VALUE"
             raise UserError(f"got '{argument}'; expected key=value; write {example} or see --help")
-        values |= _flatten({name: _parse(name, text, keys)}, keys, "")
+        values |= flatten({name: _parse(name, text, keys)}, keys, "")
     return Layer(values, "")
 
 
@@ -212,38 +199,11 @@ def _parse(name: str, text: str, keys: Mapping[str, Key]) -> Any:
         raise UserError(f"got {name}={text}; expected {expected}; {_first_line(error)}") from error
 
 
-def _flatten(
-    values: Mapping[str, Any], keys: Mapping[str, Key], origin: str, prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """(full key, value) of a nested mapping; dotted names are allowed.
-
-    Raises:
-        UserError: a name that is no key, or a group given a value.
-    """
-    for part, value in values.items():
-        name = f"{prefix}{part}"
-        inside = [key for key in keys if key.startswith(f"{name}.")]
-        if name in keys:
-            yield name, value
-        elif inside and isinstance(value, Mapping):
-            yield from _flatten(value, keys, origin, f"{name}.")
-        elif inside:
-            raise UserError(
-                f"got {name}={value}{_in(origin)}; expected a key of the group {name}, such as "
-                f"{inside[0]}=...; see --help"
-            )
-        else:
-            raise UserError(
-                f"unknown key '{name}'{_in(origin)}; "
-                + suggestion(name, keys, "see --help for every key")
-            )
-
-
 def _build(schema: type[AnyConfig], keys: Mapping[str, Key], layers: list[Layer]) -> AnyConfig:
     """Merge the layers over the schema's defaults, resolve, check ranges, freeze."""
     tree = _writable(OmegaConf.structured(schema), keys)
     for layer in layers:
-        for name, value in (_displaced(layer.values) | layer.values).items():
+        for name, value in (displaced(layer.values) | layer.values).items():
             _assign(tree, keys[name], value, layer.origin)
     for name in keys:
         if OmegaConf.is_missing(*_parent(tree, name)):
@@ -259,16 +219,6 @@ def _build(schema: type[AnyConfig], keys: Mapping[str, Key], layers: list[Layer]
     assert isinstance(config, schema)
     check_ranges({name: OmegaConf.select(tree, name) for name in keys})
     return config
-
-
-def _displaced(values: Mapping[str, Any]) -> dict[str, None]:
-    """Null for the alternatives of what a layer chooses: its minutes replace earlier epochs."""
-    displaced: dict[str, None] = {}
-    for group, names in EXCLUSIVE.items():
-        full = [f"{group}.{name}" for name in names]
-        if any(values.get(name) is not None for name in full):
-            displaced |= dict.fromkeys(full)
-    return displaced
 
 
 def _assign(tree: DictConfig, key: Key, value: Any, origin: str) -> None:
@@ -290,7 +240,8 @@ def _assign(tree: DictConfig, key: Key, value: Any, origin: str) -> None:
         elif key.is_list and isinstance(value, str):
             remedy = f"write {key.name}=[{value}]"
         raise UserError(
-            f"got {key.name}={_as_written(value)}{_in(origin)}; expected {key.expected}; {remedy}"
+            f"got {key.name}={_as_written(value)}{in_origin(origin)}; "
+            f"expected {key.expected}; {remedy}"
         ) from error
 
 
@@ -317,10 +268,6 @@ def _parent(tree: DictConfig, name: str) -> tuple[DictConfig, str]:
     for group in groups:
         tree = tree[group]
     return tree, last
-
-
-def _in(origin: str) -> str:
-    return f" in {origin}" if origin else ""
 
 
 def _first_line(error: BaseException) -> str:
