@@ -7,8 +7,8 @@ from tiny_onn.arc.dataset import EpochBatches
 from tiny_onn.losses.language import output_nll
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.datamodule import prepare
-from tiny_onn.training.loop import RunTotals
 from tiny_onn.training.provenance import code_version, train_flops
+from tiny_onn.training.totals import RunTotals
 
 
 @pytest.mark.parametrize("modulation", ["none", "film"])

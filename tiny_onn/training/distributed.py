@@ -1,10 +1,11 @@
-"""What the processes of one run tell each other at every step."""
+"""What the processes of one run tell each other: numbers at every step, shards when asked."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class StepChannel:
@@ -32,3 +33,8 @@ class StepChannel:
     def any(self, flag: bool) -> bool:
         """Whether any process gave True."""
         return bool(self.gather(float(flag)).any())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, which is a collective call; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

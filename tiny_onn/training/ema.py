@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tiny_onn.training.distributed import whole
+
 
 class WeightEma:
     """Shadow copy of a model's trainable parameters.
@@ -47,10 +49,7 @@ class WeightEma:
 
     def state_dict(self) -> dict[str, object]:
         """Full CPU tensors by parameter name (a collective call under FSDP)."""
-        shadow = {
-            name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu()
-            for name, t in self._shadow.items()
-        }
+        shadow = {name: whole(t).cpu() for name, t in self._shadow.items()}
         return {"updates": self.updates, "shadow": shadow}
 
     @torch.no_grad()

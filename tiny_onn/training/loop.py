@@ -10,20 +10,19 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from tiny_onn.config.schema import Config
-from tiny_onn.errors import UserError
 from tiny_onn.training.budget import Budget, lr_scale
 from tiny_onn.training.datamodule import TrainBatch
-from tiny_onn.training.distributed import StepChannel
+from tiny_onn.training.distributed import StepChannel, whole
 from tiny_onn.training.ema import WeightEma
+from tiny_onn.training.finite import require_finite_loss, require_finite_weights
 from tiny_onn.training.loss_monitor import LossMonitor
 from tiny_onn.training.optim import MuonAdamW
 from tiny_onn.training.pretrain import Pretrain
@@ -31,22 +30,9 @@ from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
 from tiny_onn.training.signals import StopSignals
 from tiny_onn.training.step_seed import seed_step, step_seed
+from tiny_onn.training.totals import RunTotals
 
 SMOOTHING = 50
-
-
-@dataclass
-class RunTotals:
-    """What a run has done so far, over all processes; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    targets: int = 0
-    visible_pairs: int = 0
-    documents: int = 0
-    seconds: float = 0.0
-    next_holdout: int = 1
-    """Number of the next hold-out measurement, in units of trainer.holdout_share."""
 
 
 class RunLoop(L.Callback):
@@ -144,7 +130,7 @@ class RunLoop(L.Callback):
         if self._on_cpu:  # an accelerator is waited for only at log steps
             self._smooth(float(loss))
         if self._on_cpu or logging:
-            self._require_finite_loss()
+            require_finite_loss(self.monitor, self.channel, self.saved_step)
         if self.ema is not None:
             self.ema.update()
         self.budget.end_step()
@@ -170,7 +156,7 @@ class RunLoop(L.Callback):
             return
         with self._averaged():
             weights = {
-                k: _whole(v.detach()).to("cpu", copy=True)
+                k: whole(v.detach()).to("cpu", copy=True)
                 for k, v in module.model.state_dict().items()
             }
         if trainer.is_global_zero and self.finish is not None:
@@ -219,8 +205,9 @@ class RunLoop(L.Callback):
 
     def save(self, trainer: L.Trainer) -> None:
         """Write the resume file; a failed write is reported and tried again at the next turn."""
-        self._require_finite_loss()
-        self._require_finite_weights(trainer)
+        require_finite_loss(self.monitor, self.channel, self.saved_step)
+        parameters = trainer.lightning_module.parameters()
+        require_finite_weights(parameters, self.totals.step, self.channel, self.saved_step)
         began = time.monotonic()
         trainer.save_checkpoint(self._folder / NEWEST)
         self._last_save = time.monotonic()
@@ -261,32 +248,6 @@ class RunLoop(L.Callback):
         self.progress.line(f"hold-out at step {self.totals.step}: {text}")
         return metrics
 
-    # What can go wrong.
-
-    def _require_finite_loss(self) -> None:
-        bad = int(self.channel.gather(float(self.monitor.first_bad())).max())
-        if bad >= 0:
-            raise UserError(f"the loss is not finite at step {bad + 1}; {self._remedy()}")
-
-    def _require_finite_weights(self, trainer: L.Trainer) -> None:
-        parameters = [p.detach() for p in trainer.lightning_module.parameters()]
-        norms = torch.stack([_whole(n) for n in torch._foreach_norm(parameters)])
-        if self.channel.any(not math.isfinite(float(norms.sum()))):
-            raise UserError(
-                f"the weights are not finite after step {self.totals.step}; {self._remedy()}"
-            )
-
-    def _remedy(self) -> str:
-        kept = (
-            f"the checkpoint of step {self.saved_step} is kept"
-            if self.saved_step
-            else "no checkpoint was written yet"
-        )
-        return (
-            f"expected a finite number; {kept}; lower optim.muon_lr and optim.adamw_lr "
-            "and start again with resume=false"
-        )
-
     # What is told.
 
     def _tokens_per_s(self) -> float:
@@ -312,7 +273,7 @@ class RunLoop(L.Callback):
                 "seconds": self.budget.elapsed(),
             }
             if module.grad_norm is not None:
-                metrics["grad_norm"] = float(_whole(module.grad_norm))
+                metrics["grad_norm"] = float(whole(module.grad_norm))
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, self.totals.step)
                 logger.save()
@@ -335,7 +296,3 @@ class RunLoop(L.Callback):
             elapsed=elapsed,
             left=self.budget.seconds_left(elapsed, step),
         )
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tiny_onn.training.distributed import whole
+
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 EPS = 1e-7
 
@@ -58,10 +60,6 @@ def lr_adjustment(rows: int, columns: int, adjust: AdjustLr) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def _whole(update: Tensor) -> Tensor:
-    return update.full_tensor() if isinstance(update, DTensor) else update
-
-
 def _sharded_like(update: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return update
@@ -96,9 +94,9 @@ def muon_update(
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
     for indices in stacks.values():
         tall = [parameters[i].shape[0] > parameters[i].shape[1] for i in indices]
-        whole = [_whole(updates[i]) for i in indices]
+        full = [whole(updates[i]) for i in indices]
         stack_KRC = torch.stack(
-            [u.mT.to(dtype) if t else u.to(dtype) for u, t in zip(whole, tall, strict=True)]
+            [u.mT.to(dtype) if t else u.to(dtype) for u, t in zip(full, tall, strict=True)]
         )
         ortho_KRC = orthogonalize(stack_KRC, ns_steps)
         for i, transpose, ortho in zip(indices, tall, ortho_KRC, strict=True):

@@ -12,8 +12,8 @@ from torch import nn
 
 from tiny_onn.arc.corpus import Corpus
 from tiny_onn.config.schema import Config, ModelConfig
-from tiny_onn.training.loop import RunTotals
 from tiny_onn.training.optim import split_parameters
+from tiny_onn.training.totals import RunTotals
 
 
 def code_version() -> dict[str, Any]:

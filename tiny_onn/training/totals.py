@@ -1,0 +1,19 @@
+"""What a run has done: the counts that a resumed run goes on from and provenance reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class RunTotals:
+    """What a run has done so far, over all processes; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    targets: int = 0
+    visible_pairs: int = 0
+    documents: int = 0
+    seconds: float = 0.0
+    next_holdout: int = 1
+    """Number of the next hold-out measurement, in units of trainer.holdout_share."""
