@@ -33,7 +33,7 @@ class KVCache:
         self.task_B = self.view_B = lengths_B
         self._room = min(longest + GROWTH, capacity)
         self._call = 0
-        self._slot_BK = lengths_B
+        self._slot_BK = lengths_B  # rows of the flat (B K T, D) buffers that a step writes
 
     def fill(self, k_NKD: Tensor, v_NKD: Tensor, doc_N: Tensor, column_N: Tensor) -> None:
         """Append one attention call's prompt keys and values (packed) to the cache."""
@@ -43,9 +43,9 @@ class KVCache:
             store.append(buffer.transpose(1, 2).contiguous())
 
     def start_step(self) -> Tensor:
-        """Begin a decoding step; returns what is added to scores (B, 1, 1, T): 0, -inf for keys
-        that a row may not see. (Additive, since SDPA would turn a boolean mask into that in every
-        layer.)
+        """Begin a decoding step; returns a bias on scores (B, 1, 1, T), -inf for hidden keys.
+
+        Additive, because SDPA would turn a boolean mask into such a bias in every layer anew.
 
         Raises:
             IndexError: a row's capacity is used up.
@@ -61,8 +61,9 @@ class KVCache:
             self._room += more
         self._call = 0
         keys = self.keys[0]
-        head_BK = torch.arange(keys[:, :, 0, 0].numel(), device=keys.device)
-        self._slot_BK = head_BK * self._room + self.lengths_B.repeat_interleave(keys.shape[1])
+        num_heads = keys.shape[1]
+        head_BK = torch.arange(len(keys) * num_heads, device=keys.device)
+        self._slot_BK = head_BK * self._room + self.lengths_B.repeat_interleave(num_heads)
         column_T = torch.arange(self.longest + 1, device=keys.device)
         hidden_BT = column_T[None, :] > self.lengths_B[:, None]
         bias_BT = torch.zeros(hidden_BT.shape, dtype=keys.dtype, device=keys.device)
