@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from typing import NoReturn
 
 STARTED = time.monotonic()  # before the heavy imports: budget.minutes counts them too
-
-# torch's CPU memory in huge pages, where Linux offers them: 6% less time a training step
-# (exp/LOG.md). torch reads it once, at its first allocation.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from tiny_onn.config.load import load_submit_config, load_train_config  # noqa: E402
 from tiny_onn.errors import run_cli  # noqa: E402

@@ -76,7 +76,7 @@ ARMS = {
     "batch x 2": Arm(batch=2.0, checked=0),
     "1 thread": Arm(threads=1, quick=False),
     "AdamW not fused": Arm(fused=False),
-    "no huge pages": Arm(environment={"THP_MEM_ALLOC_ENABLE": "0"}, quick=False),
+    "huge pages": Arm(environment={"THP_MEM_ALLOC_ENABLE": "1"}, quick=False),
     "shapes not rounded": Arm(rounded=False),
     "AdamW for Muon": Arm(("optim.matrices=adamw",), checked=1),  # the same until its first step
 }

@@ -21,7 +21,7 @@ from tiny_onn.arc.tokens import IGNORE
 from tiny_onn.training.signals import SIGNALS
 
 CPU_ROUNDING = 64
-"""On a CPU, N and M are multiples of this: new shapes cost 8% of a step (exp/LOG.md)."""
+"""On a CPU, N and M are multiples of this: every new shape costs time (exp/LOG.md)."""
 
 
 class Epochs(Protocol):
