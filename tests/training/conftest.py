@@ -15,7 +15,9 @@ from tiny_onn.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
+    MoeConfig,
     OptimConfig,
+    ResetConfig,
     TrainerConfig,
 )
 
@@ -41,7 +43,9 @@ def task_dir(tmp_path_factory):
 def tiny(task_dir, tmp_path):
     """Builds a configuration; keyword arguments replace whole sections' fields."""
 
-    def build(data=None, model=None, optim=None, budget=None, trainer=None, **top) -> Config:
+    def build(
+        data=None, model=None, moe=None, reset=None, optim=None, budget=None, trainer=None, **top
+    ) -> Config:
         sections = {
             "data": DataConfig(
                 **{
@@ -63,6 +67,8 @@ def tiny(task_dir, tmp_path):
                     **(model or {}),
                 }
             ),
+            "moe": MoeConfig(**{"experts": 4, "expert_width": 16, **(moe or {})}),
+            "reset": ResetConfig(**(reset or {})),
             "optim": OptimConfig(**(optim or {})),
             "budget": BudgetConfig(**(budget or {"steps": 6})),
             "trainer": TrainerConfig(
@@ -90,8 +96,8 @@ from tiny_onn.training.run import run_training
 
 given = json.loads(sys.argv[1])
 sections = {
-    "data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "budget": BudgetConfig,
-    "trainer": TrainerConfig, "ops": OpsConfig,
+    "data": DataConfig, "model": ModelConfig, "moe": MoeConfig, "reset": ResetConfig,
+    "optim": OptimConfig, "budget": BudgetConfig, "trainer": TrainerConfig, "ops": OpsConfig,
 }
 given = {k: sections[k](**v) if k in sections else v for k, v in given.items()}
 run_cli(lambda: run_training(Config(**given)))
