@@ -106,14 +106,17 @@ run_cli(lambda: run_training(Config(**given)))
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts ``run_training(config)`` in a process of its own; returns the Popen."""
+    """Starts ``run_training(config)`` in a process of its own; returns the Popen.
+
+    ``prelude`` is code to run before it.
+    """
     from dataclasses import asdict
 
     started = []
 
-    def launch(config, launcher=(), **environment):
+    def launch(config, launcher=(), prelude="", **environment):
         script = tmp_path / "run_config.py"
-        script.write_text(RUN)
+        script.write_text(prelude + RUN)
         process = subprocess.Popen(
             [sys.executable, *launcher, str(script), json.dumps(asdict(config))],
             stdout=subprocess.PIPE,

@@ -4,10 +4,10 @@ Over windows of ``window_steps`` optimizer steps it is counted for how many trai
 expert fired, before any fallback, over all processes. An expert below ``min_share`` of the tokens
 for ``patience`` windows in a row is reborn:
 
-- prototype: among tokens of the step that closes the window, the quarter that the living experts
-  serve worst (fewest experts, then the smallest margin); of these the one farthest from all
-  prototypes, then the next (Gonzalez 1985), so that several reborn experts do not coincide. No
-  token apart from all prototypes: no rebirth.
+- prototype: of the tokens of the step that closes the window, those that few of the living experts
+  fire for (no more than for the worst served quarter); among them the one farthest from all
+  prototypes, then the next (Gonzalez 1985), so that reborn experts do not coincide. No token apart
+  from all prototypes: no rebirth.
 - threshold: where the expert fires for its fair share of those tokens, target_active / experts.
 - weights: fresh; ``down`` is zero, so that the newborn adds nothing yet. With combine=mean its
   tokens' other experts are diluted, 1/k to 1/(k+1), which nothing can avoid.
@@ -155,7 +155,7 @@ class ExpertReset(L.Callback):
         active_LE, tokens_L = self._active_LE.cpu(), self._tokens_L.cpu()
         self._active_LE.zero_()
         self._tokens_L.zero_()
-        idle_LE = active_LE < self.config.min_share * tokens_L.unsqueeze(1)
+        idle_LE = active_LE < self.config.min_share * tokens_L.double().unsqueeze(1)
         self._idle_LE = torch.where(idle_LE, self._idle_LE + 1, 0)
         dead_LE = self._idle_LE >= self.config.patience
         if self._share() > self.config.until_share:
@@ -219,14 +219,11 @@ def choose_prototypes(
     alive_E = torch.ones(len(thresholds_E), dtype=torch.bool)
     alive_E[experts] = False
     cos_SA = unit_SC @ prototypes_EC[alive_E].T
-    margin_SA = cos_SA - thresholds_E[alive_E]
-    # Fewest experts first, among equals the smallest best margin first.
-    nothing_S1 = torch.full((len(unit_SC), 1), -2.0)
-    order_S = torch.cat([margin_SA, nothing_S1], dim=1).amax(dim=1).argsort(stable=True)
-    served_S = (margin_SA > 0).sum(dim=1)[order_S]
-    order_S = order_S[served_S.argsort(stable=True)]
-    pool_S = order_S[: max(len(experts), len(unit_SC) // 4)]
-    nearest_S = torch.cat([cos_SA, nothing_S1], dim=1).amax(dim=1)[pool_S]
+    served_S = (cos_SA > thresholds_E[alive_E]).sum(dim=1)
+    quarter = min(len(unit_SC), max(len(experts), len(unit_SC) // 4))
+    pool_S = (served_S <= served_S.sort().values[quarter - 1]).nonzero().squeeze(1)
+    nowhere_S1 = torch.full((len(unit_SC), 1), -2.0)  # where nobody lives, all is far
+    nearest_S = torch.cat([cos_SA, nowhere_S1], dim=1).amax(dim=1)[pool_S]
     found: list[Tensor] = []
     for _ in experts:
         pick = int(nearest_S.argmin())
