@@ -160,7 +160,9 @@ def test_a_dead_expert_is_reborn_and_hold_outs_leave_no_trace(tiny, tmp_path, de
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_run_cut_in_mid_window_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch, dead_expert, step):
+def test_a_run_cut_in_mid_window_goes_on_bit_for_bit(
+    tiny, tmp_path, monkeypatch, dead_expert, step
+):
     """Before the first rebirth, and after it, while the newborn's learning rate still rises."""
     whole = replace(tiny(**SPARSE, budget={"steps": 9}), out=str(tmp_path / "whole"))
     cut = replace(whole, out=str(tmp_path / "cut"))
