@@ -68,9 +68,7 @@ class Setup:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.corpus: Corpus = build_corpus(config.data, config.seed)
-        self.model: TinyONN = build_model(
-            config.model, len(self.corpus.task_ids), config.moe
-        )
+        self.model: TinyONN = build_model(config.model, len(self.corpus.task_ids), config.moe)
         self.model.use_backend(config.ops.backend, device).to(device)
         self.initial = {k: v.clone() for k, v in self.model.state_dict().items()}
         if config.trainer.compile:

@@ -24,7 +24,7 @@ def used(*flags):
 def test_sparsity_is_the_mean_squared_relative_error():
     k_L = torch.tensor([2.0, 3.0, 0.0], requires_grad=True)
     value = sparsity(k_L, 2.0)
-    assert float(value) == pytest.approx((0 + 0.25 + 1) / 3)
+    assert float(value.detach()) == pytest.approx((0 + 0.25 + 1) / 3)
     value.backward()
     torch.testing.assert_close(k_L.grad, torch.tensor([0.0, 0.5, -1.0]) / 3)
 
@@ -61,12 +61,6 @@ def test_more_experts_than_dimensions_go_down_to_welchs_bound(experts, width):
     everyone = torch.ones(1, experts, dtype=torch.bool)
     optimizer = torch.optim.LBFGS([p_EC], max_iter=200, line_search_fn="strong_wolfe")
     bound = (experts - width) / (width * (experts - 1))
-    for _ in range(300):
-        optimizer.zero_grad()
-        value = diversity(gram(p_EC), everyone)
-        assert float(value.detach()) >= bound * (1 - 1e-6)
-        value.backward()
-        optimizer.step()
     seen = []
 
     def closure():
@@ -77,8 +71,8 @@ def test_more_experts_than_dimensions_go_down_to_welchs_bound(experts, width):
         return value
 
     optimizer.step(closure)
+    assert seen[0] > 1.05 * bound
     assert min(seen) >= bound * (1 - 1e-6)
-    assert seen[0] > 1.2 * bound
     assert min(seen) == pytest.approx(bound, rel=0.01)
 
 

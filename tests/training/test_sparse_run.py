@@ -36,7 +36,9 @@ def build_with_a_dead_expert(*given):
     return model
 """
 
-WITNESS = DEAD_EXPERT + """
+WITNESS = (
+    DEAD_EXPERT
+    + """
 from pathlib import Path
 from tiny_onn.training.distributed import whole
 from tiny_onn.training.expert_reset import ExpertReset
@@ -53,6 +55,7 @@ class Witness(ExpertReset):
 
 run.build_model, run.ExpertReset = build_with_a_dead_expert, Witness
 """
+)
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def test_the_loss_that_is_told_is_the_language_loss_alone(tiny, tmp_path, monkey
 
     def training_step(self, batch, batch_idx):
         loss = original(self, batch, batch_idx)
-        returned.append((float(loss), float(self.language_loss)))
+        returned.append((float(loss.detach()), float(self.language_loss)))
         return loss
 
     monkeypatch.setattr(Pretrain, "training_step", training_step)

@@ -47,8 +47,6 @@ def diversity(gram_LEE: Tensor, used_LE: Tensor) -> Tensor:
     return ((gram_LEE.square() * pair_LEE).sum(dim=(1, 2)) / pairs_L.clamp(min=1)).mean()
 
 
-def sdl_terms(
-    mean_active_L: Tensor, gram_LEE: Tensor, used_LE: Tensor, target: float
-) -> SDLTerms:
+def sdl_terms(mean_active_L: Tensor, gram_LEE: Tensor, used_LE: Tensor, target: float) -> SDLTerms:
     """Both terms, not yet weighted."""
     return SDLTerms(sparsity(mean_active_L, target), diversity(gram_LEE, used_LE))

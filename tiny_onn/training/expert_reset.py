@@ -152,10 +152,10 @@ class ExpertReset(L.Callback):
         self._age_LE = (self._age_LE + 1).clamp(max=self.config.warmup_steps)
         if not self._closes(step):
             return
-        active_LE, tokens_L = self._active_LE.cpu(), self._tokens_L.cpu()
+        least_L = self.config.min_share * self._tokens_L.double()
+        idle_LE = (self._active_LE < least_L.unsqueeze(1)).cpu()
         self._active_LE.zero_()
         self._tokens_L.zero_()
-        idle_LE = active_LE < self.config.min_share * tokens_L.double().unsqueeze(1)
         self._idle_LE = torch.where(idle_LE, self._idle_LE + 1, 0)
         dead_LE = self._idle_LE >= self.config.patience
         if self._share() > self.config.until_share:

@@ -98,9 +98,7 @@ def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     embedding, head, prototypes of the gates: vectors that happen to stand below each other).
     """
     table_ids = {id(p) for m in model.modules() if isinstance(m, RowTable) for p in m.parameters()}
-    gate_ids = {
-        id(p) for m in model.modules() if isinstance(m, CosineGate) for p in m.parameters()
-    }
+    gate_ids = {id(p) for m in model.modules() if isinstance(m, CosineGate) for p in m.parameters()}
     kinds: dict[str, dict[str, Tensor]] = {
         "matrices": {}, "tables": {}, "embeddings": {}, "vectors": {}
     }  # fmt: skip
