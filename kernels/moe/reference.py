@@ -7,8 +7,8 @@ Only active pairs (token, expert) are computed. Their rows are gathered expert b
 one ragged matrix product, weighted before the second product (which is linear), and summed token
 by token in the order of the experts: no atomics, so the result is the same in every run.
 
-Shapes: N tokens, E experts, C width, F hidden width of an expert, H = 2 F, P active pairs, Q >= P
-rows of the ragged products (each expert's rows rounded up to a multiple).
+Shapes: N tokens, E experts, C width, F hidden width of an expert, H = 2 F, P active pairs; K and O
+are the columns that go into and come out of a product.
 """
 
 from __future__ import annotations
@@ -26,39 +26,37 @@ RaggedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Pairs(NamedTuple):
-    """Where the active pairs of a mask stand.
+    """Where the active pairs of a mask stand. A pair's row: expert by expert, tokens ascending.
 
-    token_Q: int64, the token of every row, expert by expert, tokens ascending within one; 0 for
-    filler. row_P: int64, the row of every pair, token by token, experts ascending within one.
-    begin_N: int64, each token's first place in row_P. ends_E: int32, one past an expert's last row.
+    token_P: int64, the token of every row. row_P: int64, the rows token by token, experts
+    ascending. begin_N: int64, each token's first place in row_P. ends_E: int32, one past an
+    expert's last row.
     """
 
-    token_Q: Tensor
+    token_P: Tensor
     row_P: Tensor
     begin_N: Tensor
     ends_E: Tensor
 
 
-def dispatch(mask_NE: Tensor, multiple: int = 1) -> Pairs:
-    """Rows for the active pairs of a boolean mask (one wait for the device, to learn Q and P)."""
-    counts_E = mask_NE.sum(dim=0)
-    rounded_E = (counts_E + (multiple - 1)) // multiple * multiple
-    ends_E = rounded_E.cumsum(dim=0)
-    rank_NE = mask_NE.cumsum(dim=0) - 1
-    row_P = (rank_NE + (ends_E - rounded_E)).masked_select(mask_NE)
+def dispatch(mask_NE: Tensor) -> Pairs:
+    """Rows for the active pairs of a boolean mask (waits for the device, to learn how many)."""
+    mask_EN = mask_NE.T
+    row_EN = mask_EN.reshape(-1).cumsum(dim=0).view(mask_EN.shape) - 1
     active_N = mask_NE.sum(dim=1)
-    token_P = mask_NE.nonzero()[:, 0]
-    num_rows = int(ends_E[-1])
-    token_Q = torch.zeros(num_rows, dtype=torch.int64, device=mask_NE.device)
-    token_Q[row_P] = token_P
-    return Pairs(token_Q, row_P, active_N.cumsum(dim=0) - active_N, ends_E.int())
+    return Pairs(
+        token_P=mask_EN.nonzero()[:, 1],
+        row_P=row_EN.T.masked_select(mask_NE),
+        begin_N=active_N.cumsum(dim=0) - active_N,
+        ends_E=mask_NE.sum(dim=0).cumsum(dim=0).int(),
+    )
 
 
-def _sum_by_token(rows_QC: Tensor, row_P: Tensor, begin_N: Tensor) -> Tensor:
+def _sum_by_token(rows_PC: Tensor, row_P: Tensor, begin_N: Tensor) -> Tensor:
     """(N, C): the sum of each token's rows; exactly zero for a token without rows."""
     if not len(row_P) or not len(begin_N):
-        return rows_QC.new_zeros(len(begin_N), rows_QC.shape[1])
-    return F.embedding_bag(row_P, rows_QC, begin_N, mode="sum")
+        return rows_PC.new_zeros(len(begin_N), rows_PC.shape[1])
+    return F.embedding_bag(row_P, rows_PC, begin_N, mode="sum")
 
 
 class _Gather(torch.autograd.Function):
@@ -67,31 +65,24 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, pairs: Pairs) -> Tensor:
         ctx.pairs = pairs
-        return x_NC.index_select(0, pairs.token_Q)
+        return x_NC.index_select(0, pairs.token_P)
 
     @staticmethod
-    def backward(ctx: Any, grad_QC: Tensor) -> tuple[Tensor, None]:
-        return _Combine.apply(grad_QC, ctx.pairs), None
+    def backward(ctx: Any, grad_PC: Tensor) -> tuple[Tensor, None]:
+        return _Combine.apply(grad_PC, ctx.pairs), None
 
 
 class _Combine(torch.autograd.Function):
-    """The sum of each token's rows. Filler rows get a gradient too; their weight 0 undoes it."""
+    """The sum of each token's rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows_QC: Tensor, pairs: Pairs) -> Tensor:
+    def forward(ctx: Any, rows_PC: Tensor, pairs: Pairs) -> Tensor:
         ctx.pairs = pairs
-        return _sum_by_token(rows_QC, pairs.row_P, pairs.begin_N)
+        return _sum_by_token(rows_PC, pairs.row_P, pairs.begin_N)
 
     @staticmethod
     def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor, None]:
         return _Gather.apply(grad_NC, ctx.pairs), None
-
-
-def _weight_rows(weight_NE: Tensor, mask_NE: Tensor, pairs: Pairs) -> Tensor:
-    """(Q, 1): the weight of every row's pair, 0 for filler."""
-    weight_P = weight_NE.masked_select(mask_NE)
-    weight_Q = weight_P.new_zeros(len(pairs.token_Q)).index_copy(0, pairs.row_P, weight_P)
-    return weight_Q.unsqueeze(1)
 
 
 def _run(
@@ -100,31 +91,30 @@ def _run(
     weight_NE: Tensor,
     gate_up_EHC: Tensor,
     down_ECF: Tensor,
-    multiple: int,
     product: RaggedProduct,
 ) -> Tensor:
-    pairs = dispatch(mask_NE, multiple)
-    rows_QC = _Gather.apply(x_NC, pairs)
-    gate_QF, up_QF = product(rows_QC, gate_up_EHC, pairs.ends_E).chunk(2, dim=1)
-    weight_Q1 = _weight_rows(weight_NE, mask_NE, pairs)
-    hidden_QF = F.silu(gate_QF) * up_QF * weight_Q1
-    return _Combine.apply(product(hidden_QF, down_ECF, pairs.ends_E), pairs)
+    pairs = dispatch(mask_NE)
+    rows_PC = _Gather.apply(x_NC, pairs)
+    gate_PF, up_PF = product(rows_PC, gate_up_EHC, pairs.ends_E).chunk(2, dim=1)
+    weight_P1 = weight_NE.T.masked_select(mask_NE.T).unsqueeze(1)
+    hidden_PF = F.silu(gate_PF) * up_PF * weight_P1
+    return _Combine.apply(product(hidden_PF, down_ECF, pairs.ends_E), pairs)
 
 
-def _loop(rows_QK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
+def _loop(rows_PK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
     """rows @ weight^T, one expert after the other; any dtype."""
     sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    parts = zip(rows_QK.split(sizes), weight_EOK.unbind(0), strict=True)
+    parts = zip(rows_PK.split(sizes), weight_EOK.unbind(0), strict=True)
     return torch.cat([rows_RK @ weight_OK.mT for rows_RK, weight_OK in parts])
 
 
-def _grouped(rows_QK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
+def _grouped(rows_PK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
     """rows @ weight^T as one call.
 
     torch leaves rows from ends_E[-1] on uninitialised, in the product and in its gradient; here
-    the last end is always Q, so there are none.
+    the last end is always P, so there are none.
     """
-    return F.grouped_mm(rows_QK, weight_EOK.mT, offs=ends_E)
+    return F.grouped_mm(rows_PK, weight_EOK.mT, offs=ends_E)
 
 
 def expert_ffn(
@@ -133,7 +123,6 @@ def expert_ffn(
     weight_NE: Tensor,
     gate_up_EHC: Tensor,
     down_ECF: Tensor,
-    multiple: int = 1,
 ) -> Tensor:
     """The experts' weighted sum for every token, by a plain loop over experts: any float dtype.
 
@@ -143,14 +132,12 @@ def expert_ffn(
         weight_NE: (N, E) of x's dtype; read, and given a gradient, at active pairs only.
         gate_up_EHC: (E, 2 F, C) of x's dtype, the gate's F rows first.
         down_ECF: (E, C, F) of x's dtype.
-        multiple: every expert's rows are rounded up to it, for matrix libraries that compile
-            code for every new shape; changes no result.
 
     Returns:
         (N, C) of x's dtype; exactly 0 where no expert is active. Gradients of experts without a
         token are exactly 0.
     """
-    return _run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF, multiple, _loop)
+    return _run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF, _loop)
 
 
 def expert_ffn_grouped(
@@ -159,13 +146,12 @@ def expert_ffn_grouped(
     weight_NE: Tensor,
     gate_up_EHC: Tensor,
     down_ECF: Tensor,
-    multiple: int = 1,
 ) -> Tensor:
     """:func:`expert_ffn` through ``torch.nn.functional.grouped_mm`` (see :func:`grouped_mm_needs`).
 
     float32, float16 or bfloat16.
     """
-    return _run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF, multiple, _grouped)
+    return _run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF, _grouped)
 
 
 def grouped_mm_needs(dtype: torch.dtype, width: int, hidden: int) -> str | None:
