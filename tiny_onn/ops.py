@@ -11,12 +11,15 @@ import importlib.util
 import logging
 
 import torch
+from torch import Tensor
 
 from tiny_onn.errors import BackendUnavailable
+from tiny_onn_kernels.moe import reference as moe_reference
 
 log = logging.getLogger("tiny_onn")
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
+EXPERT_BACKENDS = ("loop", "grouped_mm")
 
 
 def _has_torch_varlen() -> bool:
@@ -75,3 +78,53 @@ def resolve_attention(backend: str, device: torch.device | str, precision: str =
         )
     log.info("ops: attention=%s (asked for, %s)", backend, device.type)
     return backend
+
+
+def resolve_experts(
+    backend: str, device: torch.device | str, dtype: torch.dtype, width: int, hidden: int
+) -> str:
+    """Name of the implementation of the experts for ``device``.
+
+    Args:
+        backend: "auto" or one of EXPERT_BACKENDS.
+        device: where the model will run.
+        dtype: what the experts compute in there.
+        width, hidden: residual width and hidden width of one expert.
+
+    Raises:
+        BackendUnavailable: an explicit choice that cannot run so.
+    """
+    device = torch.device(device)
+    needs = moe_reference.grouped_mm_needs(dtype, width, hidden)
+    if backend == "auto":
+        # On CUDA the product is a kernel in bfloat16 only.
+        fast = device.type != "cuda" or dtype == torch.bfloat16
+        chosen = "grouped_mm" if needs is None and fast else "loop"
+        log.info("ops: experts=%s (auto, %s, %s)", chosen, device.type, dtype)
+        return chosen
+    if backend not in EXPERT_BACKENDS:
+        raise BackendUnavailable(
+            f"unknown ops.experts '{backend}'; expected auto or one of {EXPERT_BACKENDS}"
+        )
+    if backend == "grouped_mm" and needs is not None:
+        raise BackendUnavailable(
+            f"ops.experts=grouped_mm needs {needs} (model.width and moe.expert_width); "
+            "change them, or use ops.experts=auto or loop"
+        )
+    log.info("ops: experts=%s (asked for, %s)", backend, device.type)
+    return backend
+
+
+def run_experts(
+    backend: str,
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    weight_NE: Tensor,
+    gate_up_EHC: Tensor,
+    down_ECF: Tensor,
+) -> Tensor:
+    """The experts by the back-end that :func:`resolve_experts` named; (N, C)."""
+    run = moe_reference.expert_ffn
+    if backend == "grouped_mm":
+        run = moe_reference.expert_ffn_grouped
+    return run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF)

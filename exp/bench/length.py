@@ -56,7 +56,7 @@ def make_model(args: Any) -> tuple[Any, Any, Any]:
 
     device = prepare(args)
     config = with_precision(load_config(["preset=nano", *args.overrides]))
-    model = wake(build_model(config.model, 1)).to(device).train()
+    model = wake(build_model(config.model, 1, config.moe)).to(device).train()
     return model.use_backend(config.ops.backend, device), config, device
 
 

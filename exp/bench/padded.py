@@ -177,7 +177,7 @@ def epoch_of(
 
 def bench(config: Config, args: Any, device: torch.device) -> dict[str, Any]:
     cases, num_tasks = make_cases(config, 1 if args.quick else 3, device)
-    model = wake(build_model(config.model, num_tasks)).to(device).train()
+    model = wake(build_model(config.model, num_tasks, config.moe)).to(device).train()
     model.use_backend(config.ops.backend, device)
     errors = check(model, cases[0])
     arms = {

@@ -68,7 +68,7 @@ class Setup:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.corpus: Corpus = build_corpus(config.data, config.seed)
-        self.model: TinyONN = build_model(config.model, len(self.corpus.task_ids))
+        self.model: TinyONN = build_model(config.model, len(self.corpus.task_ids), config.moe)
         self.model.use_backend(config.ops.backend, device).to(device)
         self.initial = {k: v.clone() for k, v in self.model.state_dict().items()}
         if config.trainer.compile:
@@ -103,9 +103,9 @@ class Setup:
         for name, value in options.items():
             setattr(loop, name, value)
         loggers = make_loggers(folder, self.config.trainer.tensorboard)
-        trainer = make_trainer(self.config.trainer, folder, loop, loggers)
+        trainer = make_trainer(self.config.trainer, folder, [loop], loggers)
         data = PretrainData(self.epochs, 0, self.config.data.workers, self._causal)
-        trainer.fit(Pretrain(self.model, self.config.optim), data)
+        trainer.fit(Pretrain(self.model, self.config.optim, self.config.moe), data)
         return loop
 
     @property

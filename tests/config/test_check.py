@@ -2,8 +2,8 @@
 
 import pytest
 
-from tiny_onn.config.check import check_budget, check_schedule
-from tiny_onn.config.schema import BudgetConfig, OptimConfig
+from tiny_onn.config.check import check_budget, check_moe, check_reset, check_schedule
+from tiny_onn.config.schema import BudgetConfig, ModelConfig, MoeConfig, OptimConfig, ResetConfig
 from tiny_onn.errors import UserError
 
 
@@ -33,3 +33,44 @@ def test_one_positive_budget_is_accepted(given):
 def test_impossible_schedules_are_refused(given):
     with pytest.raises(UserError, match="optim"):
         check_schedule(OptimConfig(**given))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"experts": 0}, "moe.experts=0; expected a number at least 1"),
+        ({"target_active": 0.0}, "moe.target_active=0.0; expected a number above 0"),
+        ({"target_active": 8.5}, "target_active=8.5 with moe.experts=8; .*give moe.experts=9"),
+        ({"every": 5}, "moe.every=5 with model.layers=4; .*use moe.every=1"),
+        ({"sparsity_weight": -1.0}, "moe.sparsity_weight=-1.0"),
+        ({"diversity_weight": float("nan")}, "moe.diversity_weight=nan"),
+        ({"combine": "gated", "none_active": "top1"}, "none_active=top1 with moe.combine=gated"),
+    ],
+)
+def test_impossible_experts_are_refused_in_one_line(given, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_moe(MoeConfig(**given), ModelConfig(ffn="dynmoe"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_model_does_not_mind_how_often_experts_would_come():
+    check_moe(MoeConfig(every=9), ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min_share": 0.25}, "reset.min_share=0.25; expected less than .* = 0.25"),
+        ({"patience": 0}, "reset.patience=0"),
+        ({"window_steps": -1}, "reset.window_steps=-1"),
+        ({"until_share": 1.5}, "reset.until_share=1.5"),
+    ],
+)
+def test_impossible_resets_are_refused_in_one_line(given, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_reset(ResetConfig(**given), MoeConfig(experts=8, target_active=2.0))
+    assert "\n" not in str(caught.value)
+
+
+def test_resets_that_are_off_mind_no_share():
+    check_reset(ResetConfig(window_steps=0, min_share=0.9), MoeConfig())

@@ -44,6 +44,7 @@ VARIANTS = [
     {"loops": 2},
     {"task_modulation": "film"},
     {"qk_norm": False},
+    {"ffn": "dynmoe", "loops": 2},
 ]
 
 

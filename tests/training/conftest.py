@@ -15,7 +15,9 @@ from tiny_onn.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
+    MoeConfig,
     OptimConfig,
+    ResetConfig,
     TrainerConfig,
 )
 
@@ -41,7 +43,9 @@ def task_dir(tmp_path_factory):
 def tiny(task_dir, tmp_path):
     """Builds a configuration; keyword arguments replace whole sections' fields."""
 
-    def build(data=None, model=None, optim=None, budget=None, trainer=None, **top) -> Config:
+    def build(
+        data=None, model=None, moe=None, reset=None, optim=None, budget=None, trainer=None, **top
+    ) -> Config:
         sections = {
             "data": DataConfig(
                 **{
@@ -63,6 +67,8 @@ def tiny(task_dir, tmp_path):
                     **(model or {}),
                 }
             ),
+            "moe": MoeConfig(**{"experts": 4, "expert_width": 16, **(moe or {})}),
+            "reset": ResetConfig(**(reset or {})),
             "optim": OptimConfig(**(optim or {})),
             "budget": BudgetConfig(**(budget or {"steps": 6})),
             "trainer": TrainerConfig(
@@ -90,8 +96,8 @@ from tiny_onn.training.run import run_training
 
 given = json.loads(sys.argv[1])
 sections = {
-    "data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "budget": BudgetConfig,
-    "trainer": TrainerConfig, "ops": OpsConfig,
+    "data": DataConfig, "model": ModelConfig, "moe": MoeConfig, "reset": ResetConfig,
+    "optim": OptimConfig, "budget": BudgetConfig, "trainer": TrainerConfig, "ops": OpsConfig,
 }
 given = {k: sections[k](**v) if k in sections else v for k, v in given.items()}
 run_cli(lambda: run_training(Config(**given)))
@@ -100,14 +106,17 @@ run_cli(lambda: run_training(Config(**given)))
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts ``run_training(config)`` in a process of its own; returns the Popen."""
+    """Starts ``run_training(config)`` in a process of its own; returns the Popen.
+
+    ``prelude`` is code to run before it.
+    """
     from dataclasses import asdict
 
     started = []
 
-    def launch(config, launcher=(), **environment):
+    def launch(config, launcher=(), prelude="", **environment):
         script = tmp_path / "run_config.py"
-        script.write_text(RUN)
+        script.write_text(prelude + RUN)
         process = subprocess.Popen(
             [sys.executable, *launcher, str(script), json.dumps(asdict(config))],
             stdout=subprocess.PIPE,

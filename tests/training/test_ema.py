@@ -52,3 +52,16 @@ def test_state_round_trip_is_exact(tmp_path):
 def test_decays_outside_zero_to_one_are_refused():
     with pytest.raises(ValueError, match="decay"):
         WeightEma(linear(), decay=1.0)
+
+
+def test_rows_that_begin_anew_are_adopted_and_the_others_stay():
+    model = linear()
+    ema = WeightEma(model, decay=0.9)
+    before = ema.state_dict()["shadow"]["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.adopt_rows(model.weight, [1])
+    shadow = ema.state_dict()["shadow"]
+    assert torch.equal(shadow["weight"][1], model.weight[1])
+    assert torch.equal(shadow["weight"][0], before[0])
+    assert torch.equal(shadow["bias"], model.bias)

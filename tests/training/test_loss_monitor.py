@@ -20,3 +20,10 @@ def test_the_first_step_that_is_not_finite_is_remembered():
     for step, loss in enumerate([1.0, math.inf, 2.0, math.nan]):
         monitor.add(step, torch.tensor(loss))
     assert monitor.first_bad() == 1
+
+
+def test_one_loss_is_told_and_another_must_be_finite():
+    monitor = LossMonitor(torch.device("cpu"))
+    monitor.add(0, torch.tensor(3.0), told=torch.tensor(1.0))
+    monitor.add(1, torch.tensor(math.nan), told=torch.tensor(2.0))
+    assert monitor.take_mean() == 1.5 and monitor.first_bad() == 1

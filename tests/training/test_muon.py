@@ -94,3 +94,34 @@ def test_lr_adjustment_matches_both_papers():
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match="2-D"):
         BatchedMuon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 8), (3, 8, 16)])
+def test_a_stack_moves_as_its_matrices_would_each_by_itself(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    stack = torch.nn.Parameter(start.clone())
+    singles = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    optimizers = [BatchedMuon(p, lr=0.02, weight_decay=0.1) for p in ([stack], singles)]
+    for _ in range(3):
+        stack.grad = torch.randn(shape)
+        for single, gradient in zip(singles, stack.grad, strict=True):
+            single.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([s.detach() for s in singles]))
+
+
+def test_a_matrix_of_a_stack_without_gradient_is_left_alone_and_its_momentum_fades():
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(2, 8, 4))
+    optimizer = BatchedMuon([stack], lr=0.1, weight_decay=0.1)
+    stack.grad = torch.randn(2, 8, 4)
+    optimizer.step()
+    before = stack.detach().clone()
+    momentum = optimizer.state[stack]["momentum_buffer"].clone()
+    stack.grad[0] = 0
+    optimizer.step()
+    assert torch.equal(stack[0], before[0]) and not torch.equal(stack[1], before[1])
+    faded = optimizer.state[stack]["momentum_buffer"][0]
+    torch.testing.assert_close(faded, 0.95 * momentum[0])

@@ -22,9 +22,10 @@ def tiny_model(**options):
 
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
+@pytest.mark.parametrize("ffn", ["dense", "dynmoe"])
 @pytest.mark.parametrize("modulation", ["none", "film"])
-def test_every_parameter_is_in_exactly_one_group(matrices, modulation):
-    model = tiny_model(task_modulation=modulation)
+def test_every_parameter_is_in_exactly_one_group(matrices, modulation, ffn):
+    model = tiny_model(task_modulation=modulation, ffn=ffn)
     optimizer = build_optimizer(model, OptimConfig(matrices=matrices))
     ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(ids) == len(set(ids))
@@ -38,6 +39,47 @@ def test_groups_hold_what_their_names_say():
     assert all(".blocks." in "." + n and p.dim() == 2 for n, p in kinds["matrices"].items())
     assert "blocks.1.ffn.down.weight" in kinds["matrices"]
     assert all(p.dim() == 1 for p in kinds["vectors"].values())
+
+
+def test_experts_are_matrices_prototypes_are_embeddings_and_thresholds_are_never_decayed():
+    model = tiny_model(ffn="dynmoe")
+    kinds = split_parameters(model)
+    ffn = {kind: {n.rpartition("ffn.")[2] for n in p if ".ffn." in n} for kind, p in kinds.items()}
+    assert ffn == {
+        "matrices": {"experts.gate_up", "experts.down"},
+        "embeddings": {"gate.prototypes"},
+        "vectors": {"gate.thresholds"},
+        "tables": set(),
+    }
+    optimizer = build_optimizer(model, OptimConfig())
+    thresholds = model.expert_layers[0].gate.thresholds
+    (group,) = (g for g in optimizer.param_groups if any(p is thresholds for p in g["params"]))
+    assert (group["kind"], group["weight_decay"]) == ("adamw", 0.0)
+
+
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_row_scales_shorten_the_steps_of_their_rows_alone(matrices):
+    models = [tiny_model(ffn="dynmoe") for _ in range(2)]
+    optimizers = [build_optimizer(m, OptimConfig(matrices=matrices)) for m in models]
+    start = {n: p.detach().clone() for n, p in models[0].named_parameters()}
+    scale_E = torch.ones(8)
+    scale_E[2], scale_E[5] = 0.25, 0.0
+    layer = models[1].expert_layers[1]
+    optimizers[1].row_scale = {p: scale_E for p in layer.parameters()}
+    for model, optimizer in zip(models, optimizers, strict=True):
+        torch.manual_seed(3)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    scaled = {id(p) for p in layer.parameters()}
+    for (name, plain), p in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if id(p) not in scaled:
+            assert torch.equal(plain, p)
+            continue
+        moved = (plain - start[name]).detach()
+        factor = scale_E.view(-1, *(1,) * (p.dim() - 1))
+        torch.testing.assert_close((p - start[name]).detach(), moved * factor, rtol=1e-3, atol=1e-7)
+        assert torch.equal(p[3], plain[3]) and torch.equal(p[5], start[name][5])
 
 
 def test_groups_have_their_own_rates_and_decays():

@@ -42,6 +42,22 @@ def test_visible_pairs_are_those_of_the_mask(tiny):
         assert prepare(batch, 0, causal).visible_pairs == expected
 
 
+def test_experts_count_for_the_pairs_that_they_ran_on(tiny):
+    config = tiny(model={"ffn": "dynmoe", "layers": 2})
+    corpus = build_corpus(config.data)
+    model = build_model(config.model, len(corpus.task_ids), config.moe)
+    batch = prepare(EpochBatches(corpus, config.data, 0).batch(0, 0), step=0)
+    pairs = sum(int(entry.runs_NE.sum()) for entry in model(batch.batch, batch.rows_M).routing)
+    x_NC = torch.randn(50, config.model.width)
+    layer = model.expert_layers[0]
+    runs_NE = torch.rand(50, config.moe.experts) < 0.3
+    with FlopCounterMode(display=False) as counter:
+        layer.experts(x_NC.requires_grad_(), runs_NE, torch.rand(runs_NE.shape)).sum().backward()
+    flops_a_pair = counter.get_flop_counts()["Global"][torch.ops.aten.mm] / int(runs_NE.sum())
+    with_pairs = train_flops(model, config.model, RunTotals(expert_pairs=pairs))
+    assert with_pairs == flops_a_pair * pairs
+
+
 def test_attention_counts_twelve_per_channel_and_visible_pair(tiny):
     config = tiny(model={"layers": 3})
     model = build_model(config.model, 8)

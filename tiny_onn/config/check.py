@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tiny_onn.config.schema import BudgetConfig, Config, ModelConfig, OptimConfig, SubmitConfig
+from tiny_onn.config.schema import (
+    BudgetConfig,
+    Config,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    ResetConfig,
+    SubmitConfig,
+)
 from tiny_onn.errors import UserError
 
 VOCAB_SIZE = 14
@@ -37,6 +45,18 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "model.ffn_width": _AT_LEAST_1,
     "model.rope_base": (1, math.inf, "at least 1"),
     "model.dropout": _BELOW_1,
+    "moe.experts": _AT_LEAST_1,
+    "moe.expert_width": _AT_LEAST_1,
+    "moe.every": _AT_LEAST_1,
+    "moe.target_active": _ABOVE_0,
+    "moe.sparsity_weight": _AT_LEAST_0,
+    "moe.diversity_weight": _AT_LEAST_0,
+    "reset.window_steps": _AT_LEAST_0,
+    "reset.min_share": _SHARE,
+    "reset.patience": _AT_LEAST_1,
+    "reset.max_experts": _AT_LEAST_1,
+    "reset.warmup_steps": _AT_LEAST_0,
+    "reset.until_share": _SHARE,
     "optim.muon_lr": _ABOVE_0,
     "optim.adamw_lr": _ABOVE_0,
     "optim.table_lr": _ABOVE_0,
@@ -79,7 +99,9 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             raise UserError(f"got {name}={value}; expected a number {words}; change it")
 
 
-def _check_group(group: str, settings: BudgetConfig | ModelConfig | OptimConfig) -> None:
+def _check_group(
+    group: str, settings: BudgetConfig | ModelConfig | MoeConfig | OptimConfig | ResetConfig
+) -> None:
     check_ranges({f"{group}.{name}": value for name, value in asdict(settings).items()})
 
 
@@ -105,6 +127,47 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"got model.vocab_size={model.vocab_size}; expected {VOCAB_SIZE} (ten colours, start, "
             "newline, separator, end); leave it out"
+        )
+
+
+def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
+    """Numbers in their ranges, and experts that fit each other and the model.
+
+    Raises:
+        UserError: a number out of range, more active experts than there are, no block with
+            experts, a fallback that could do nothing.
+    """
+    _check_group("moe", moe)
+    if moe.target_active > moe.experts:
+        raise UserError(
+            f"got moe.target_active={moe.target_active} with moe.experts={moe.experts}; expected "
+            f"at most the number of experts; lower it, or give moe.experts="
+            f"{math.ceil(moe.target_active)}"
+        )
+    if model.ffn == "dynmoe" and moe.every > model.layers:
+        raise UserError(
+            f"got moe.every={moe.every} with model.layers={model.layers}; expected at most the "
+            "number of layers; use moe.every=1 for experts in all of them"
+        )
+    if moe.combine == "gated" and moe.none_active == "top1":
+        raise UserError(
+            "got moe.none_active=top1 with moe.combine=gated, which weights an expert below its "
+            "threshold with 0; expected moe.none_active=skip; use it, or moe.combine=mean"
+        )
+
+
+def check_reset(reset: ResetConfig, moe: MoeConfig) -> None:
+    """Numbers in their ranges, and an idle share that a healthy expert is well above.
+
+    Raises:
+        UserError: a number out of range, or experts at their target share that count as idle.
+    """
+    _check_group("reset", reset)
+    fair = moe.target_active / moe.experts
+    if reset.window_steps and reset.min_share >= fair:
+        raise UserError(
+            f"got reset.min_share={reset.min_share}; expected less than moe.target_active / "
+            f"moe.experts = {fair:.3g}, or healthy experts are reborn; use {fair / 20:.2g}"
         )
 
 
@@ -148,6 +211,8 @@ def check_train(config: Config) -> None:
         UserError: the first thing that does not fit.
     """
     check_model(config.model)
+    check_moe(config.moe, config.model)
+    check_reset(config.reset, config.moe)
     check_budget(config.budget)
     check_schedule(config.optim)
     if not config.data.sources and not config.data.extra_dirs:

@@ -47,7 +47,7 @@ class ModelConfig:
         "prefix", "prefix: the query grid sees itself both ways, the output is causal"
     )
     attention: Literal["full"] = key("full", "attention module")
-    ffn: Literal["dense"] = key("dense", "FFN module")
+    ffn: Literal["dense", "dynmoe"] = key("dense", "FFN module: SwiGLU, or its experts (moe.*)")
     qk_norm: bool = key(True, "RMSNorm on queries and keys")
     rope_base: float = key(100.0, "base of the 3D rotary frequencies")
     dropout: float = key(0.0, "residual dropout; attention has none")
@@ -55,6 +55,36 @@ class ModelConfig:
         "none", "film: the task scales and shifts every block's input, channel by channel"
     )
     vocab_size: int = key(14, "tokens: ten colours, start, newline, separator, end")
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """DynMoE: read where model.ffn=dynmoe."""
+
+    experts: int = key(8, "experts of a block")
+    expert_width: int = key(128, "hidden width of one SwiGLU expert")
+    every: int = key(1, "every n-th block has experts, counted back from the last; 1: all blocks")
+    target_active: float = key(2.0, "mean number of active experts a token that SDL drives to")
+    none_active: Literal["skip", "top1"] = key(
+        "skip", "token below every threshold: no FFN update, or the nearest expert"
+    )
+    combine: Literal["mean", "gated"] = key(
+        "mean", "mean of active experts, or their sum weighted by similarity above threshold"
+    )
+    sparsity_weight: float = key(0.1, "weight of SDL's sparsity term (0: off)")
+    diversity_weight: float = key(0.01, "weight of SDL's diversity term (0: off)")
+
+
+@dataclass(frozen=True)
+class ResetConfig:
+    """Rebirth of idle experts: read where model.ffn=dynmoe."""
+
+    window_steps: int = key(50, "optimizer steps of a counting window (0: no resets)")
+    min_share: float = key(0.005, "an expert active for a smaller share of the tokens is idle")
+    patience: int = key(2, "idle windows in a row after which an expert is reborn")
+    max_experts: int = key(2, "experts of a block reborn at once, at most")
+    warmup_steps: int = key(50, "steps over which a reborn expert's learning rate rises")
+    until_share: float = key(0.7, "share of the budget after which nothing is reborn")
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,9 @@ class OpsConfig:
     backend: Literal["auto", "reference", "sdpa", "flash", "varlen"] = key(
         "auto", "attention back-end, decided once when the model is built"
     )
+    experts: Literal["auto", "loop", "grouped_mm"] = key(
+        "auto", "how experts run: one after the other, or as one grouped product"
+    )
 
 
 @dataclass(frozen=True)
@@ -131,6 +164,8 @@ class Config:
     resume: bool = key(True, "go on from the run folder's resume checkpoint if there is one")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    reset: ResetConfig = field(default_factory=ResetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -60,7 +60,8 @@ def run_submit(config: SubmitConfig) -> int:
     loaded = load_model(config.checkpoint)
     device = choose_device(config.accelerator)
     precision = choose_precision(config.precision, device)
-    loaded.model.use_backend(config.ops.backend, device, precision).to(device)
+    loaded.model.use_backend(config.ops.backend, device, precision, config.ops.experts)
+    loaded.model.to(device)
     out = ensure_writable_dir(config.out)
     if config.threads > 0:
         torch.set_num_threads(config.threads)

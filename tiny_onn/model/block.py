@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.model.attention import AttentionContext, FullAttention
+from tiny_onn.model.dyn_moe import DynMoE, RoutingLog
 from tiny_onn.model.ffn import SwiGLU
 
 
@@ -38,11 +39,17 @@ class Block(nn.Module):
     """``enter`` and ``leave`` are dense per-token mathematics around the attention itself.
 
     They are the parts that ``compile_parts`` hands to torch.compile (dynamic in N), because
-    attention over ragged documents would be recompiled for every batch.
+    attention over ragged documents would be recompiled for every batch. Experts run on ragged
+    rows too: a block with them compiles ``settle``, what of ``leave`` comes before its FFN.
     """
 
     def __init__(
-        self, width: int, attention: FullAttention, ffn: SwiGLU, film: bool, dropout: float
+        self,
+        width: int,
+        attention: FullAttention,
+        ffn: SwiGLU | DynMoE,
+        film: bool,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
@@ -54,7 +61,10 @@ class Block(nn.Module):
 
     def compile_parts(self) -> None:
         self.enter = torch.compile(self.enter, dynamic=True)
-        self.leave = torch.compile(self.leave, dynamic=True)
+        if isinstance(self.ffn, SwiGLU):
+            self.leave = torch.compile(self.leave, dynamic=True)
+        else:
+            self.settle = torch.compile(self.settle, dynamic=True)
 
     def enter(
         self, x_NC: Tensor, film_B2C: Tensor | None, doc_N: Tensor, cos: Tensor, sin: Tensor
@@ -64,13 +74,32 @@ class Block(nn.Module):
             modulate(self.attention_norm(x_NC), film_B2C, doc_N), cos, sin
         )
 
+    def settle(
+        self, x_NC: Tensor, attended_NHD: Tensor, film_B2C: Tensor | None, doc_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The stream after attention's update, and the FFN's normalised, modulated input."""
+        update = self.attention.out(attended_NHD.flatten(1))
+        x_NC = x_NC + F.dropout(update, self.dropout, self.training)
+        return x_NC, modulate(self.ffn_norm(x_NC), film_B2C, doc_N)
+
     def leave(
         self, x_NC: Tensor, attended_NHD: Tensor, film_B2C: Tensor | None, doc_N: Tensor
     ) -> Tensor:
         """Both residual updates, once attention is done."""
-        update = self.attention.out(attended_NHD.flatten(1))
-        x_NC = x_NC + F.dropout(update, self.dropout, self.training)
-        update = self.ffn(modulate(self.ffn_norm(x_NC), film_B2C, doc_N))
+        x_NC, inner_NC = self.settle(x_NC, attended_NHD, film_B2C, doc_N)
+        return x_NC + F.dropout(self.ffn(inner_NC), self.dropout, self.training)
+
+    def leave_with_experts(
+        self,
+        x_NC: Tensor,
+        attended_NHD: Tensor,
+        film_B2C: Tensor | None,
+        doc_N: Tensor,
+        routing: RoutingLog | None,
+    ) -> Tensor:
+        """``leave`` around experts, which cannot be compiled."""
+        x_NC, inner_NC = self.settle(x_NC, attended_NHD, film_B2C, doc_N)
+        update = self.ffn(inner_NC, routing)
         return x_NC + F.dropout(update, self.dropout, self.training)
 
     def forward(
@@ -80,8 +109,12 @@ class Block(nn.Module):
         doc_N: Tensor,
         context: AttentionContext,
         rows_M: Tensor | None = None,
+        routing: RoutingLog | None = None,
     ) -> Tensor:
-        """x_NC -> (N, C), or (M, C) at ``rows_M``: the last block skips rows nobody reads."""
+        """x_NC -> (N, C), or (M, C) at ``rows_M``: the last block skips rows nobody reads.
+
+        What experts did is added to ``routing`` where that is given.
+        """
         films = (None, None) if self.film is None else self.film(task_BC)
         q_NHD, k_NKD, v_NKD = self.enter(x_NC, films[0], doc_N, context.cos, context.sin)
         attended_NHD = self.attention.attend(q_NHD, k_NKD, v_NKD, context)
@@ -89,4 +122,6 @@ class Block(nn.Module):
             x_NC, attended_NHD, doc_N = (
                 t.index_select(0, rows_M) for t in (x_NC, attended_NHD, doc_N)
             )
-        return self.leave(x_NC, attended_NHD, films[1], doc_N)
+        if isinstance(self.ffn, SwiGLU):
+            return self.leave(x_NC, attended_NHD, films[1], doc_N)
+        return self.leave_with_experts(x_NC, attended_NHD, films[1], doc_N, routing)

@@ -7,16 +7,17 @@ V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.config.check import check_model
-from tiny_onn.config.schema import ModelConfig
+from tiny_onn.config.check import check_model, check_moe
+from tiny_onn.config.schema import ModelConfig, MoeConfig
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
+from tiny_onn.model.dyn_moe import DynMoE, Routing, RoutingLog
 from tiny_onn.model.embedding import Embedding
 from tiny_onn.model.ffn import SwiGLU
 from tiny_onn.model.flash_varlen import flash_varlen
@@ -31,23 +32,24 @@ from tiny_onn.model.packed_attention import (
     torch_varlen,
 )
 from tiny_onn.model.rope import Rope3D
-from tiny_onn.ops import resolve_attention
+from tiny_onn.ops import resolve_attention, resolve_experts
 
 
 @dataclass
 class ModelOutput:
-    """logits_MV: float32 (M, V), or the parameters' dtype if wider. routing: sparse statistics."""
+    """logits_MV: float32 (M, V), or the parameters' dtype if wider. routing: what each layer of
+    experts did, in the order in which they ran (a looped block again in every round)."""
 
     logits_MV: Tensor
-    routing: Any | None = None
+    routing: tuple[Routing, ...] = ()
 
 
 class TinyONN(nn.Module):
     """Packed documents in, next-token logits out. Build it with :func:`build_model`."""
 
-    def __init__(self, config: ModelConfig, num_tasks: int) -> None:
+    def __init__(self, config: ModelConfig, num_tasks: int, moe: MoeConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.moe = config, moe
         self.num_tasks = num_tasks
         self.embedding = Embedding(config.vocab_size, config.width, num_tasks)
         self.rope = Rope3D(config.head_width, config.rope_base)
@@ -61,34 +63,59 @@ class TinyONN(nn.Module):
                     config.head_width,
                     config.qk_norm,
                 ),
-                SwiGLU(config.width, config.ffn_width),
+                self._ffn(layer),
                 film=config.task_modulation == "film",
                 dropout=config.dropout,
             )
-            for _ in range(config.layers)
+            for layer in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.attention_backend = "sdpa"
         self._initialise()
 
+    def _ffn(self, layer: int) -> SwiGLU | DynMoE:
+        config, moe = self.config, self.moe
+        if config.ffn == "dynmoe" and (config.layers - 1 - layer) % moe.every == 0:
+            return DynMoE(config.width, moe, layer)
+        return SwiGLU(config.width, config.ffn_width)
+
+    @property
+    def expert_layers(self) -> list[DynMoE]:
+        """The blocks' FFNs that have experts, first to last."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, DynMoE)]
+
     def _initialise(self) -> None:
         """Normal weights of variance 1/fan_in; residual outputs shrunk by the depth."""
         depth = 2 * self.config.layers * self.config.loops
         for name, parameter in self.named_parameters():
-            if not name.startswith("blocks.") or parameter.dim() != 2 or "film" in name:
+            if not name.startswith("blocks.") or parameter.dim() < 2 or "film" in name:
                 continue
-            std = parameter.shape[1] ** -0.5
-            if name.endswith(("attention.out.weight", "ffn.down.weight")):
+            if ".gate." in name:  # prototypes start otherwise
+                continue
+            std = parameter.shape[-1] ** -0.5
+            if name.endswith(("attention.out.weight", "ffn.down.weight", "experts.down")):
                 std /= math.sqrt(depth)
             nn.init.normal_(parameter, std=std)
         nn.init.zeros_(self.head.weight)
 
     def use_backend(
-        self, backend: str, device: torch.device | str, precision: str = "bf16"
+        self,
+        backend: str,
+        device: torch.device | str,
+        precision: str = "bf16",
+        experts: str = "auto",
     ) -> TinyONN:
-        """Decide the attention back-end for ``device`` (see :mod:`tiny_onn.ops`)."""
+        """Decide how attention and experts run on ``device`` (see :mod:`tiny_onn.ops`)."""
         self.attention_backend = resolve_attention(backend, device, precision)
+        if self.expert_layers:
+            dtype = self.head.weight.dtype
+            if dtype == torch.float32 and precision == "bf16":
+                dtype = torch.bfloat16
+            width, hidden = self.config.width, self.moe.expert_width
+            chosen = resolve_experts(experts, device, dtype, width, hidden)
+            for layer in self.expert_layers:
+                layer.experts.backend = chosen
         return self
 
     def plan_attention(self, batch: Any) -> Attend:
@@ -112,7 +139,11 @@ class TinyONN(nn.Module):
         return plan_varlen(spans, varlen)
 
     def hidden(
-        self, batch: Any, rows_M: Tensor | None = None, cache: KVCache | None = None
+        self,
+        batch: Any,
+        rows_M: Tensor | None = None,
+        cache: KVCache | None = None,
+        routing: RoutingLog | None = None,
     ) -> Tensor:
         """Last hidden states of a packed batch at ``rows_M`` (default all N), before the norm."""
         layout = batch.layout
@@ -127,8 +158,8 @@ class TinyONN(nn.Module):
         x_NC, task_BC = self.embedding(batch.tokens_N, layout.doc_N, batch.task_B, batch.view_B)
         *earlier, last = list(self.blocks) * self.config.loops
         for block in earlier:
-            x_NC = block(x_NC, task_BC, layout.doc_N, context)
-        return last(x_NC, task_BC, layout.doc_N, context, rows_M)
+            x_NC = block(x_NC, task_BC, layout.doc_N, context, routing=routing)
+        return last(x_NC, task_BC, layout.doc_N, context, rows_M, routing)
 
     def compile_blocks(self) -> TinyONN:
         """torch.compile the per-token parts of every block (about 20 s at the first use)."""
@@ -140,9 +171,21 @@ class TinyONN(nn.Module):
         logits_MV = self.head(self.norm(x_MC))
         return logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
 
-    def forward(self, batch: Any, rows_M: Tensor | None = None) -> ModelOutput:
-        """Next-token logits at ``rows_M`` of the packed batch (all N rows by default)."""
-        return ModelOutput(self.logits(self.hidden(batch, rows_M)))
+    def forward(
+        self, batch: Any, rows_M: Tensor | None = None, num_rows: int | None = None
+    ) -> ModelOutput:
+        """Next-token logits at ``rows_M`` of the packed batch (all N rows by default).
+
+        ``num_rows`` says how many of ``rows_M`` are real, where filler follows them.
+        """
+        log = RoutingLog()
+        logits_MV = self.logits(self.hidden(batch, rows_M, routing=log))
+        num_tokens = sum(batch.layout.lengths)
+        routing = [replace(entry, num_rows=num_tokens) for entry in log.entries]
+        if routing and rows_M is not None:  # experts are in the last block, if anywhere
+            num_rows = len(rows_M) if num_rows is None else num_rows
+            routing[-1] = replace(routing[-1], num_rows=num_rows)
+        return ModelOutput(logits_MV, tuple(routing))
 
     @torch.no_grad()
     def prefill(self, batch: Any, max_new_tokens: int) -> tuple[Tensor, KVCache]:
@@ -172,11 +215,15 @@ class TinyONN(nn.Module):
         return self.logits(x_BC)
 
 
-def build_model(config: ModelConfig, num_tasks: int) -> TinyONN:
+def build_model(config: ModelConfig, num_tasks: int, moe: MoeConfig | None = None) -> TinyONN:
     """The network ``config`` describes, with ``num_tasks`` task vectors, on the CPU.
 
+    ``moe`` describes the experts, where ``config.ffn`` is dynmoe.
+
     Raises:
-        UserError: see :func:`tiny_onn.config.check.check_model`.
+        UserError: see :func:`tiny_onn.config.check.check_model` and ``check_moe``.
     """
+    moe = moe or MoeConfig()
     check_model(config)
-    return TinyONN(config, num_tasks)
+    check_moe(moe, config)
+    return TinyONN(config, num_tasks, moe)

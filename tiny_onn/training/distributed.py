@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class StepChannel:
@@ -38,3 +40,22 @@ class StepChannel:
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, which is a collective call; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of ``value``, which every process holds whole, sharded as ``like`` is.
+
+    Nothing is communicated. As it is where ``like`` is not sharded.
+    """
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def set_rows(tensor: Tensor, rows: Sequence[int], values: Tensor | float) -> None:
+    """``tensor[rows] = values`` in place, sharded or not; every process must give the same."""
+    full = whole(tensor.detach())
+    full[list(rows)] = values if isinstance(values, float) else values.to(full)
+    if isinstance(tensor, DTensor):
+        tensor.copy_(sharded_like(full, tensor))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tiny_onn.training.distributed import whole
+from tiny_onn.training.distributed import set_rows, sharded_like, whole
 
 
 class WeightEma:
@@ -58,9 +57,9 @@ class WeightEma:
         shadow: dict[str, Tensor] = state["shadow"]
         assert shadow.keys() == self._shadow.keys(), "EMA state of another model"
         for name, target in self._shadow.items():
-            value = shadow[name].to(target.device)
-            if isinstance(target, DTensor):
-                value = distribute_tensor(
-                    value, target.device_mesh, target.placements, src_data_rank=None
-                )
-            target.copy_(value)
+            target.copy_(sharded_like(shadow[name].to(target.device), target))
+
+    def adopt_rows(self, parameter: Tensor, rows: Sequence[int]) -> None:
+        """The shadow of these rows becomes what they are now: they were begun anew."""
+        (name,) = (name for name, p in self._live.items() if p is parameter)
+        set_rows(self._shadow[name], rows, whole(parameter.detach())[list(rows)])

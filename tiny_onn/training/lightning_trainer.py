@@ -73,9 +73,9 @@ def _strategy(settings: TrainerConfig) -> str | Strategy:
 
 
 def make_trainer(
-    settings: TrainerConfig, folder: Path, callback: L.Callback, loggers: list[Logger]
+    settings: TrainerConfig, folder: Path, callbacks: list[L.Callback], loggers: list[Logger]
 ) -> L.Trainer:
-    """A Trainer that runs one endless epoch until the callback stops it.
+    """A Trainer that runs one endless epoch until a callback stops it.
 
     Raises:
         UserError: devices, strategy or precision that this machine or Lightning refuses.
@@ -87,7 +87,7 @@ def make_trainer(
         "strategy": _strategy(settings),
         "precision": "bf16-mixed" if settings.precision == "bf16" else "32-true",
         "logger": loggers,
-        "callbacks": [callback],
+        "callbacks": callbacks,
         "plugins": [AtomicCheckpointIO()],
         "log_every_n_steps": 10**9,
         "max_epochs": -1,

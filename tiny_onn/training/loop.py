@@ -22,12 +22,14 @@ from tiny_onn.training.budget import Budget, lr_scale
 from tiny_onn.training.datamodule import TrainBatch
 from tiny_onn.training.distributed import StepChannel, whole
 from tiny_onn.training.ema import WeightEma
+from tiny_onn.training.expert_reset import ExpertReset
 from tiny_onn.training.finite import require_finite_loss, require_finite_weights
 from tiny_onn.training.loss_monitor import LossMonitor
 from tiny_onn.training.optim import MuonAdamW
 from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
+from tiny_onn.training.routing_monitor import RoutingMonitor
 from tiny_onn.training.signals import StopSignals
 from tiny_onn.training.step_seed import seed_step, step_seed
 from tiny_onn.training.totals import RunTotals
@@ -44,6 +46,7 @@ class RunLoop(L.Callback):
     restored: our entries of the resume file to go on from.
     holdout: measures the hold-out with the weights that the model holds; None for no hold-out.
     finish: takes the final weights (averaged, full, on the CPU) in the first process.
+    reset: lets idle experts be reborn; its state is saved with the run's.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class RunLoop(L.Callback):
         restored: dict[str, Any] | None = None,
         holdout: Callable[[], dict[str, float]] | None = None,
         finish: Callable[[dict[str, Tensor]], None] | None = None,
+        reset: ExpertReset | None = None,
     ) -> None:
         self.config = config
         self.budget = budget
@@ -64,6 +68,9 @@ class RunLoop(L.Callback):
         self.identity = identity
         self.holdout = holdout
         self.finish = finish
+        self.reset = reset
+        self.routing = RoutingMonitor()
+        self.share = 0.0
         self.final_holdout: dict[str, float] | None = None
         self.facts: dict[str, Any] = {}
         self.totals = RunTotals(**restored["totals"]) if restored else RunTotals()
@@ -125,10 +132,13 @@ class RunLoop(L.Callback):
         step = self.totals.step
         self.totals.step = step + 1
         loss = outputs["loss"].detach()
-        self.monitor.add(step, loss)
+        told = loss if module.language_loss is None else module.language_loss
+        self.monitor.add(step, loss, told)
+        if module.routing is not None:
+            self.routing.add(module.routing, module.sdl)
         logging = self.totals.step % self.config.trainer.log_every_steps == 0
         if self._on_cpu:  # an accelerator is waited for only at log steps
-            self._smooth(float(loss))
+            self._smooth(float(told))
         if self._on_cpu or logging:
             require_finite_loss(self.monitor, self.channel, self.saved_step)
         if self.ema is not None:
@@ -143,15 +153,18 @@ class RunLoop(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, module: Pretrain, checkpoint: dict[str, Any]
     ) -> None:
+        self.totals.expert_pairs += self.routing.take_pairs()
         checkpoint[STATE_KEY] = {
             **self.identity,
             "totals": asdict(self.totals),
             "ema": None if self.ema is None else self.ema.state_dict(),
+            "expert_reset": None if self.reset is None else self.reset.snapshot(),
         }
 
     def on_train_end(self, trainer: L.Trainer, module: Pretrain) -> None:
         self.progress.close()
         self.signals.deferred = False
+        self.totals.expert_pairs += self.routing.take_pairs()
         if self.stopped_by is not None:
             return
         with self._averaged():
@@ -180,7 +193,7 @@ class RunLoop(L.Callback):
         )
         elapsed, share, done, since_save, has_time, _ = rows[0].tolist()
         signum = int(rows[:, -1].max())
-        self.totals.seconds = elapsed
+        self.totals.seconds, self.share = elapsed, share
         if done or signum:
             self.stopped_by = None if done else signum
             trainer.should_stop = True
@@ -274,6 +287,9 @@ class RunLoop(L.Callback):
             }
             if module.grad_norm is not None:
                 metrics["grad_norm"] = float(whole(module.grad_norm))
+            metrics |= self.routing.take_metrics()
+            if self.reset is not None:
+                metrics |= self.reset.metrics()
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, self.totals.step)
                 logger.save()

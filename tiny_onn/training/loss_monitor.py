@@ -14,8 +14,9 @@ class LossMonitor:
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._count = 0
 
-    def add(self, step: int, loss: Tensor) -> None:
-        self._sum += loss
+    def add(self, step: int, loss: Tensor, told: Tensor | None = None) -> None:
+        """``loss`` is what must be finite; ``told``, by default the same, is what is averaged."""
+        self._sum += loss if told is None else told
         self._count += 1
         bad = (self._first_bad < 0) & ~torch.isfinite(loss)
         self._first_bad = torch.where(bad, step, self._first_bad)

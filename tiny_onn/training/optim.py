@@ -13,6 +13,8 @@ from torch.optim.adamw import adamw
 
 from tiny_onn.config.schema import OptimConfig
 from tiny_onn.model.embedding import RowTable
+from tiny_onn.model.gate import CosineGate
+from tiny_onn.training.distributed import sharded_like
 from tiny_onn.training.muon import muon_defaults, muon_group_step
 
 BETAS = (0.9, 0.95)
@@ -23,6 +25,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Each parameter group names its rule in ``kind``: "muon" or "adamw" (fused).
 
     Groups also carry ``peak_lr``; the schedule writes ``lr``.
+
+    ``row_scale`` maps a parameter to factors from 0 to 1, one for each of its rows (its first
+    dimension), on what a step changes of it: the warm-up of rows that were begun anew.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -31,6 +36,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise ValueError(f"unknown kind '{group['kind']}'; expected muon or adamw")
             group.setdefault("peak_lr", group["lr"])
         super().__init__(groups, {})
+        self.row_scale: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -38,11 +44,15 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        before = {p: p.detach().clone() for p in self.row_scale}
         for group in self.param_groups:
             if group["kind"] == "muon":
                 muon_group_step(group, self.state)
             else:
                 self._adamw_group_step(group)
+        for p, scale_R in self.row_scale.items():
+            scale = scale_R.view(-1, *(1,) * (p.dim() - 1)).to(p)
+            p.copy_(before[p].lerp(p, sharded_like(scale, p)))
         return loss
 
     def _adamw_group_step(self, group: dict[str, Any]) -> None:
@@ -83,10 +93,12 @@ class MuonAdamW(torch.optim.Optimizer):
 def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Every parameter in exactly one of: matrices, tables, embeddings, vectors.
 
-    matrices: 2-D weights of the blocks; tables: task and view vectors; vectors: 1-D and
-    smaller (norms); embeddings: the rest (token embedding, head).
+    matrices: 2-D weights of the blocks and their experts' stacks; tables: task and view vectors;
+    vectors: 1-D and smaller (norms, thresholds of the gates); embeddings: the rest (token
+    embedding, head, prototypes of the gates: vectors that happen to stand below each other).
     """
     table_ids = {id(p) for m in model.modules() if isinstance(m, RowTable) for p in m.parameters()}
+    gate_ids = {id(p) for m in model.modules() if isinstance(m, CosineGate) for p in m.parameters()}
     kinds: dict[str, dict[str, Tensor]] = {
         "matrices": {}, "tables": {}, "embeddings": {}, "vectors": {}
     }  # fmt: skip
@@ -97,7 +109,7 @@ def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             kind = "tables"
         elif p.dim() < 2:
             kind = "vectors"
-        elif p.dim() == 2 and "blocks." in name:
+        elif "blocks." in name and id(p) not in gate_ids:
             kind = "matrices"
         else:
             kind = "embeddings"

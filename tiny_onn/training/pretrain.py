@@ -9,20 +9,32 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.utils import clip_grad_norm_
 
-from tiny_onn.config.schema import OptimConfig
+from tiny_onn.config.schema import MoeConfig, OptimConfig
 from tiny_onn.losses.language import output_nll
+from tiny_onn.losses.sdl import SDLTerms
 from tiny_onn.training.datamodule import TrainBatch
 from tiny_onn.training.optim import MuonAdamW, build_optimizer
+from tiny_onn.training.routing import StepRouting, gather_routing
 
 
 class Pretrain(L.LightningModule):
-    """``global_targets`` is set before every step: targets of the batch over all processes."""
+    """Set before every step: ``global_targets``, targets of the batch over all processes, and
+    ``samples``, tokens of every layer of experts to keep for resets.
 
-    def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
+    Left by it: ``language_loss``, the loss without what SDL adds; ``routing`` and ``sdl``, None
+    where there are no experts or SDL is off.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, moe: MoeConfig | None = None) -> None:
         super().__init__()
         self.model = model
         self.optim = optim
+        self.moe = moe or MoeConfig()
         self.global_targets = 1
+        self.samples = 0
+        self.language_loss: Tensor | None = None
+        self.routing: StepRouting | None = None
+        self.sdl: SDLTerms | None = None
         self.grad_norm: Tensor | None = None
 
     def configure_model(self) -> None:
@@ -39,14 +51,25 @@ class Pretrain(L.LightningModule):
         return build_optimizer(self.model, self.optim)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        """Mean NLL of the global batch, times its share here.
+        """Mean NLL of the global batch, times its share here; plus SDL where there are experts.
 
         Processes' gradients are averaged, so each one's summed NLL is divided by the targets
         per process: the average is the gradient of the mean over all targets.
         """
-        logits_MV = self.model(batch.batch, batch.rows_M).logits_MV
-        nll, _ = output_nll(logits_MV, batch.targets_M)
-        return nll * (self.trainer.world_size / self.global_targets)
+        output = self.model(batch.batch, batch.rows_M, batch.num_targets)
+        nll, _ = output_nll(output.logits_MV, batch.targets_M)
+        loss = nll * (self.trainer.world_size / self.global_targets)
+        self.language_loss = loss.detach()
+        if not output.routing:
+            return loss
+        routing = gather_routing(output.routing, self.samples)
+        self.routing = routing.detached()
+        sparsity_weight, diversity_weight = self.moe.sparsity_weight, self.moe.diversity_weight
+        if sparsity_weight or diversity_weight:
+            sdl = routing.sdl(self.moe.target_active)
+            self.sdl = SDLTerms(sdl.sparsity.detach(), sdl.diversity.detach())
+            loss = loss + sparsity_weight * sdl.sparsity + diversity_weight * sdl.diversity
+        return loss
 
     def configure_gradient_clipping(self, optimizer: Any, **limits: Any) -> None:
         if self.optim.clip_norm > 0:

@@ -59,12 +59,16 @@ def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int
     """Floating-point operations of the training steps' matrix products, forward and backward.
 
     6 per weight of a matrix and row that passes it: tokens for the blocks (after the last
-    attention only rows with a target), target rows for the head, documents for the task
-    modulation; 12 per head channel and visible query-key pair. Newton-Schulz is not counted.
+    attention only rows with a target), executed pairs for one expert's matrices, target rows for
+    the head, documents for the task modulation; 12 per head channel and visible query-key pair.
+    Newton-Schulz and the gates' few cosines are not counted.
     """
     products = config.width * config.vocab_size * totals.targets
     last = f"blocks.{config.layers - 1}."
     for name, p in split_parameters(model)["matrices"].items():
+        if p.dim() == 3:  # all layers' experts are alike, and the last layer has some
+            products += p[0].numel() * totals.expert_pairs * name.startswith(last)
+            continue
         rows = config.loops * (totals.documents if ".film." in name else totals.tokens)
         if name.startswith(last) and (".attention.out." in name or ".ffn." in name):
             rows -= totals.tokens - totals.targets
@@ -84,6 +88,7 @@ def provenance(
     """What ``provenance.json`` says of a finished run. Names no host and no path."""
     kinds = split_parameters(model)
     tables = sum(p.numel() for p in kinds["tables"].values())
+    experts = sum(p.numel() for p in kinds["matrices"].values() if p.dim() == 3)
     return {
         "trained": True,
         **code_version(),
@@ -101,6 +106,8 @@ def provenance(
         "train_flops": train_flops(model, config.model, totals),
         "parameters": sum(p.numel() for p in model.parameters()),
         "table_parameters": tables,
+        "expert_parameters": experts,
+        "expert_pairs": totals.expert_pairs,
         "device": device_name(device),
         "processes": world,
         "threads": torch.get_num_threads(),

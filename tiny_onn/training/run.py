@@ -29,6 +29,7 @@ from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.budget import Budget
 from tiny_onn.training.compiler import compile_model
 from tiny_onn.training.datamodule import Positions, PretrainData
+from tiny_onn.training.expert_reset import ExpertReset
 from tiny_onn.training.hardware import with_precision
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
@@ -120,10 +121,11 @@ class _Run:
         data_hash = corpus.report.corpus_sha256
         restored = self._resume_point(data_hash)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, len(corpus.task_ids))
+        model = build_model(config.model, len(corpus.task_ids), config.moe)
         identity = {"config": asdict(config), "data": data_hash}
         budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
-        module = Pretrain(model, config.optim)
+        module = Pretrain(model, config.optim, config.moe)
+        reset = self._expert_reset(lambda: loop, restored)
         loop = RunLoop(
             config,
             budget,
@@ -133,15 +135,16 @@ class _Run:
             restored.state if restored else None,
             holdout=self._holdout(module, corpus),
             finish=lambda weights: self._finish(loop, module, corpus, weights),
+            reset=reset,
         )
         trainer = make_trainer(
             config.trainer,
             self.folder,
-            loop,
+            [loop] if reset is None else [reset, loop],  # what is reborn is in the checkpoint
             make_loggers(self.folder, config.trainer.tensorboard) if self.first else [],
         )
         device = trainer.strategy.root_device
-        model.use_backend(config.ops.backend, device, config.trainer.precision)
+        model.use_backend(config.ops.backend, device, config.trainer.precision, config.ops.experts)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if config.trainer.compile:
@@ -217,6 +220,21 @@ class _Run:
             steps = Positions(epochs.num_batches).steps(given.epochs)
         return Budget(steps=steps, started=self.started, spent=spent)
 
+    def _expert_reset(
+        self, loop: Callable[[], RunLoop], restored: ResumePoint | None
+    ) -> ExpertReset | None:
+        config = self.config
+        if config.model.ffn != "dynmoe" or not config.reset.window_steps:
+            return None
+        return ExpertReset(
+            config.reset,
+            config.moe.target_active / config.moe.experts,
+            config.seed,
+            ema=lambda: loop().ema,
+            share=lambda: loop().share,
+            restored=restored.state["expert_reset"] if restored else None,
+        )
+
     def _holdout(self, module: Pretrain, corpus: Corpus) -> Callable[[], dict[str, float]] | None:
         if not corpus.holdout:
             return None
@@ -238,7 +256,7 @@ class _Run:
         weights: dict[str, torch.Tensor],
     ) -> None:
         """Save the trained model (first process only)."""
-        model = build_model(self.config.model, len(corpus.task_ids))
+        model = build_model(self.config.model, len(corpus.task_ids), self.config.moe)
         model.load_state_dict(weights)
         facts = provenance(
             self.config,

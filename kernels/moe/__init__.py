@@ -1,0 +1,1 @@
+"""Experts of a mixture, run from a boolean mask: see README.md."""

@@ -1,0 +1,166 @@
+"""SwiGLU experts, run from a boolean mask: any number of experts per token, from none to all.
+
+    y_t = sum over e with mask_te of  weight_te * down_e (silu(a_te) * b_te),
+    [a_te; b_te] = gate_up_e x_t                             (Shazeer, arXiv 2002.05202, section 2)
+
+Only active pairs (token, expert) are computed. Their rows are gathered expert by expert, run as
+one ragged matrix product, weighted before the second product (which is linear), and summed token
+by token in the order of the experts: no atomics, so the result is the same in every run.
+
+Shapes: N tokens, E experts, C width, F hidden width of an expert, H = 2 F, P active pairs; K and O
+are the columns that go into and come out of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HAS_GROUPED_MM = hasattr(F, "grouped_mm")
+
+RaggedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Pairs(NamedTuple):
+    """Where the active pairs of a mask stand. A pair's row: expert by expert, tokens ascending.
+
+    token_P: int64, the token of every row. row_P: int64, the rows token by token, experts
+    ascending. begin_N: int64, each token's first place in row_P. ends_E: int32, one past an
+    expert's last row.
+    """
+
+    token_P: Tensor
+    row_P: Tensor
+    begin_N: Tensor
+    ends_E: Tensor
+
+
+def dispatch(mask_NE: Tensor) -> Pairs:
+    """Rows for the active pairs of a boolean mask (waits for the device, to learn how many)."""
+    mask_EN = mask_NE.T
+    row_EN = mask_EN.reshape(-1).cumsum(dim=0).view(mask_EN.shape) - 1
+    active_N = mask_NE.sum(dim=1)
+    return Pairs(
+        token_P=mask_EN.nonzero()[:, 1],
+        row_P=row_EN.T.masked_select(mask_NE),
+        begin_N=active_N.cumsum(dim=0) - active_N,
+        ends_E=mask_NE.sum(dim=0).cumsum(dim=0).int(),
+    )
+
+
+def _sum_by_token(rows_PC: Tensor, row_P: Tensor, begin_N: Tensor) -> Tensor:
+    """(N, C): the sum of each token's rows; exactly zero for a token without rows."""
+    if not len(row_P) or not len(begin_N):
+        return rows_PC.new_zeros(len(begin_N), rows_PC.shape[1])
+    return F.embedding_bag(row_P, rows_PC, begin_N, mode="sum")
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of tokens; the gradient is summed in a fixed order (index_select's is not on CUDA)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return x_NC.index_select(0, pairs.token_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PC: Tensor) -> tuple[Tensor, None]:
+        return _Combine.apply(grad_PC, ctx.pairs), None
+
+
+class _Combine(torch.autograd.Function):
+    """The sum of each token's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_PC: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return _sum_by_token(rows_PC, pairs.row_P, pairs.begin_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor, None]:
+        return _Gather.apply(grad_NC, ctx.pairs), None
+
+
+def _run(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    weight_NE: Tensor,
+    gate_up_EHC: Tensor,
+    down_ECF: Tensor,
+    product: RaggedProduct,
+) -> Tensor:
+    pairs = dispatch(mask_NE)
+    rows_PC = _Gather.apply(x_NC, pairs)
+    gate_PF, up_PF = product(rows_PC, gate_up_EHC, pairs.ends_E).chunk(2, dim=1)
+    weight_P1 = weight_NE.T.masked_select(mask_NE.T).unsqueeze(1)
+    hidden_PF = F.silu(gate_PF) * up_PF * weight_P1
+    return _Combine.apply(product(hidden_PF, down_ECF, pairs.ends_E), pairs)
+
+
+def _loop(rows_PK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
+    """rows @ weight^T, one expert after the other; any dtype."""
+    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    parts = zip(rows_PK.split(sizes), weight_EOK.unbind(0), strict=True)
+    return torch.cat([rows_RK @ weight_OK.mT for rows_RK, weight_OK in parts])
+
+
+def _grouped(rows_PK: Tensor, weight_EOK: Tensor, ends_E: Tensor) -> Tensor:
+    """rows @ weight^T as one call.
+
+    torch leaves rows from ends_E[-1] on uninitialised, in the product and in its gradient; here
+    the last end is always P, so there are none.
+    """
+    return F.grouped_mm(rows_PK, weight_EOK.mT, offs=ends_E)
+
+
+def expert_ffn(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    weight_NE: Tensor,
+    gate_up_EHC: Tensor,
+    down_ECF: Tensor,
+) -> Tensor:
+    """The experts' weighted sum for every token, by a plain loop over experts: any float dtype.
+
+    Args:
+        x_NC: (N, C) float; N may be 0.
+        mask_NE: (N, E) bool, which expert runs on which token; rows and columns may be empty.
+        weight_NE: (N, E) of x's dtype; read, and given a gradient, at active pairs only.
+        gate_up_EHC: (E, 2 F, C) of x's dtype, the gate's F rows first.
+        down_ECF: (E, C, F) of x's dtype.
+
+    Returns:
+        (N, C) of x's dtype; exactly 0 where no expert is active. Gradients of experts without a
+        token are exactly 0.
+    """
+    return _run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF, _loop)
+
+
+def expert_ffn_grouped(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    weight_NE: Tensor,
+    gate_up_EHC: Tensor,
+    down_ECF: Tensor,
+) -> Tensor:
+    """:func:`expert_ffn` through ``torch.nn.functional.grouped_mm`` (see :func:`grouped_mm_needs`).
+
+    float32, float16 or bfloat16.
+    """
+    return _run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF, _grouped)
+
+
+def grouped_mm_needs(dtype: torch.dtype, width: int, hidden: int) -> str | None:
+    """Why :func:`expert_ffn_grouped` cannot run with these sizes; None if it can."""
+    if not HAS_GROUPED_MM:
+        return f"torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks"
+    if dtype.itemsize > 4:
+        return f"float32 or less, got {dtype}"
+    multiple = 16 // dtype.itemsize
+    if width % multiple or hidden % multiple:
+        return f"widths that are multiples of {multiple} in {dtype}, got {width} and {hidden}"
+    return None
