@@ -12,6 +12,7 @@ from torch import nn
 
 from tiny_onn.arc.corpus import Corpus
 from tiny_onn.config.schema import Config, ModelConfig
+from tiny_onn.model.tiny_onn import TinyONN
 from tiny_onn.training.optim import split_parameters
 from tiny_onn.training.totals import RunTotals
 
