@@ -39,9 +39,8 @@ DeltaOf = Callable[[Tensor | None], Tensor]
 
 def scale(values_NX: Tensor, delta_NX: Tensor) -> Tensor:
     """values * (1 + delta), at least in float32, in the dtype of the values."""
-    if delta_NX.dtype.itemsize < 4:
-        delta_NX = delta_NX.float()
-    return (values_NX * (1 + delta_NX)).to(values_NX.dtype)
+    wide = delta_NX.float() if delta_NX.dtype.itemsize < 4 else delta_NX
+    return (values_NX * (1 + wide)).to(values_NX.dtype)
 
 
 class InputMix(nn.Module):

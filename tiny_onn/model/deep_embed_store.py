@@ -47,7 +47,7 @@ class DenseRows(nn.Module):
 
 @dataclass(frozen=True)
 class PendingRows:
-    """Rows that a forward with gradients took: ``leaf`` (U, L, X) float32 has their gradient
+    """Rows that a forward with gradients took: ``leaf`` (U, L, X) has their gradient
     after backward, and their values were those of the file's rows ``ids_U`` (ascending)."""
 
     ids_U: Tensor
@@ -62,7 +62,7 @@ class FileRows(nn.Module):
     the stepped rows back. It holds no parameter: the file is not part of the state dict.
 
     Args:
-        dtype: of the numbers on disk; in memory they are float32.
+        dtype: of the numbers on disk; in memory they have the model's, float32.
     """
 
     def __init__(self, num_rows: int, layers: int, width: int, dtype: torch.dtype) -> None:
@@ -72,6 +72,8 @@ class FileRows(nn.Module):
         self.prefetch = True
         self.pending: list[PendingRows] = []
         self._reader: ThreadPoolExecutor | None = None
+        # Follows the model to other dtypes, as a parameter would.
+        self.register_buffer("_like", torch.zeros(()), persistent=False)
 
     def create(self, path: Path) -> None:
         """Start a new file of zeros at ``path``, open for training."""
@@ -115,7 +117,7 @@ class FileRows(nn.Module):
         trained = torch.is_grad_enabled() and self.file is not None and self.file.writable
 
         def rows() -> Rows:
-            leaf = read().to(index_N.device, torch.float32)
+            leaf = read().to(index_N.device, self._like.dtype)
             if trained:
                 self.pending.append(PendingRows(ids_U, leaf.requires_grad_()))
             return Rows(leaf.unbind(1), inverse_N.to(index_N.device))

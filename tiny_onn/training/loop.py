@@ -28,6 +28,7 @@ from tiny_onn.training.optim import MuonAdamW
 from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
+from tiny_onn.training.row_tables import RowTables
 from tiny_onn.training.signals import StopSignals
 from tiny_onn.training.step_seed import seed_step, step_seed
 from tiny_onn.training.totals import RunTotals
@@ -44,6 +45,7 @@ class RunLoop(L.Callback):
     restored: our entries of the resume file to go on from.
     holdout: measures the hold-out with the weights that the model holds; None for no hold-out.
     finish: takes the final weights (averaged, full, on the CPU) in the first process.
+    tables: DeepEmbed's tables on disk, if there are any.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class RunLoop(L.Callback):
         restored: dict[str, Any] | None = None,
         holdout: Callable[[], dict[str, float]] | None = None,
         finish: Callable[[dict[str, Tensor]], None] | None = None,
+        tables: RowTables | None = None,
     ) -> None:
         self.config = config
         self.budget = budget
@@ -64,6 +67,7 @@ class RunLoop(L.Callback):
         self.identity = identity
         self.holdout = holdout
         self.finish = finish
+        self.tables = tables
         self.final_holdout: dict[str, float] | None = None
         self.facts: dict[str, Any] = {}
         self.totals = RunTotals(**restored["totals"]) if restored else RunTotals()
@@ -209,16 +213,21 @@ class RunLoop(L.Callback):
         parameters = trainer.lightning_module.parameters()
         require_finite_weights(parameters, self.totals.step, self.channel, self.saved_step)
         began = time.monotonic()
-        trainer.save_checkpoint(self._folder / NEWEST)
+        failure = None if self.tables is None else self.tables.save(self.totals.step)
+        if failure is None:
+            trainer.save_checkpoint(self._folder / NEWEST)
+            files: AtomicCheckpointIO = trainer.strategy.checkpoint_io
+            failure = files.failure
         self._last_save = time.monotonic()
         self.budget.reserve = max(self.budget.reserve, self._last_save - began)
-        files: AtomicCheckpointIO = trainer.strategy.checkpoint_io
-        if not self.channel.any(files.failure is not None):
+        if not self.channel.any(failure is not None):
+            if self.tables is not None:
+                self.tables.forget_all_but({self.totals.step, self.saved_step})
             self.saved_step = self.totals.step
-        elif files.failure is not None:
+        elif failure is not None:
             kept = "none" if self.saved_step is None else f"that of step {self.saved_step}"
             self.progress.line(
-                f"warning: cannot write {self._folder / NEWEST} ({files.failure}); "
+                f"warning: cannot write {self._folder / NEWEST} ({failure}); "
                 f"the last checkpoint is {kept}; free some space"
             )
 

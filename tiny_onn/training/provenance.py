@@ -67,7 +67,8 @@ def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int
     last = f"blocks.{config.layers - 1}."
     for name, p in split_parameters(model)["matrices"].items():
         rows = config.loops * (totals.documents if ".film." in name else totals.tokens)
-        if name.startswith(last) and (".attention.out." in name or ".ffn." in name):
+        after = any(part in name for part in (".attention.out.", ".ffn.", ".mix."))
+        if name.startswith(last) and after:
             rows -= totals.tokens - totals.targets
         products += p.numel() * rows
     channels = config.loops * config.layers * config.heads * config.head_width
@@ -76,7 +77,7 @@ def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int
 
 def provenance(
     config: Config,
-    model: nn.Module,
+    model: TinyONN,
     corpus: Corpus,
     totals: RunTotals,
     device: torch.device,
@@ -102,6 +103,9 @@ def provenance(
         "train_flops": train_flops(model, config.model, totals),
         "parameters": sum(p.numel() for p in model.parameters()),
         "table_parameters": tables,
+        "deep_embed_parameters": (
+            0 if model.deep_embed is None else model.deep_embed.num_parameters()
+        ),
         "device": device_name(device),
         "processes": world,
         "threads": torch.get_num_threads(),

@@ -146,7 +146,7 @@ class FileRowsOptimizer:
             for whole, part in zip(self._state[name].values(), state, strict=True):
                 whole.index_copy_(0, ids_U, part)
             touched_U = gradient.flatten(1).any(dim=1).nonzero().squeeze(1)
-            rows = rows.index_select(0, touched_U)
+            rows = rows.index_select(0, touched_U).float()
             stored = round_stochastically(rows) if store.dtype == torch.bfloat16 else rows
             file.write(ids_U[touched_U], stored)
 
