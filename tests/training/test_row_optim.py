@@ -86,15 +86,14 @@ def test_untouched_rows_keep_every_bit_and_their_state():
 def test_decay_pulls_a_touched_row_to_the_identity_and_leaves_the_others():
     rows = torch.ones(SHAPE)
     state = new_row_state(rows)
-    for _ in range(500):
+    for step in range(300):
         gradient = torch.zeros(SHAPE)
-        gradient[3] = 1e-12 * torch.randn(SHAPE[1:], generator=torch.manual_seed(_))
+        gradient[3] = 1e-12 * torch.randn(SHAPE[1:], generator=torch.manual_seed(step))
         step_table(rows, gradient, state, lr=0.02, weight_decay=1.0)
-    assert rows[3].abs().max() < 0.6 and torch.equal(rows[:3], torch.ones(3, *SHAPE[1:]))
+    assert rows[3].abs().max() < 0.1 and torch.equal(rows[:3], torch.ones(3, *SHAPE[1:]))
 
 
-def test_with_one_number_a_row_it_is_adam_without_momentum_where_beta2_forgets_all():
-    """A row of one number, touched always: the first step has the size of lr, as Adam's has."""
+def test_the_first_step_of_a_row_has_the_size_of_the_rate_whatever_its_gradient():
     rows = torch.zeros(4, 1, 1)
     step_table(rows, torch.tensor([[[3.0]], [[-1e-4]], [[0.0]], [[7.0]]]), new_row_state(rows),
                lr=0.1, weight_decay=0.0)  # fmt: skip
@@ -150,7 +149,7 @@ def test_rows_in_a_file_are_stepped_like_a_parameter(tmp_path, forwards):
         step_table(table.data, table.grad, state, **RULE)
         assert store.pending == []
         torch.testing.assert_close(
-            store.file.read(torch.arange(12)), table.detach(), rtol=1e-6, atol=1e-7
+            store.file.read(torch.arange(12)), table.detach(), rtol=1e-5, atol=1e-6
         )
     assert torch.equal(store.file.read(torch.tensor([9, 10, 11])), start[9:])
     for name, tensor in optimizer.state_dict()["x"].items():
