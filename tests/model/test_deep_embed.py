@@ -1,4 +1,4 @@
-"""DeepEmbed in the network: what it computes, that it starts as nothing, and that decoding agrees."""
+"""DeepEmbed in the network: what it computes, that it starts as nothing, that decoding agrees."""
 
 from dataclasses import replace
 from itertools import product
@@ -396,7 +396,7 @@ def test_a_checkpoint_whose_table_is_gone_or_of_another_form_is_refused(tmp_path
     other = replace(Config(), model=tiny_config(("token",), {"store": "memmap", "form": "1x"}))
     save_checkpoint(tmp_path / "other", build_model(other.model, 1), other, ("a",), {})
     path.write_bytes((tmp_path / "other" / path.name).read_bytes())
-    with pytest.raises(UserError, match=r"shape \[14, 2, 32\]; expected F32 of shape \[14, 2, 48\]"):
+    with pytest.raises(UserError, match=r"\[14, 2, 32\]; expected F32 of shape \[14, 2, 48\]"):
         load_model(tmp_path / "run")
 
 

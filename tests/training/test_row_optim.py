@@ -249,7 +249,7 @@ def test_state_round_trip_continues_bit_for_bit(tmp_path):
         assert pending_leaves(model) == []
 
     for model, optimizer in zip(models, optimizers, strict=True):
-        step(model, optimizer, 1)  # both tables on disk are then equal; the second state is not used
+        step(model, optimizer, 1)  # both tables on disk are equal from here on
     optimizers[1] = build_optimizer(models[1], OptimConfig())
     torch.save((models[0].state_dict(), optimizers[0].state_dict()), tmp_path / "state")
     weights, state = torch.load(tmp_path / "state", weights_only=True)

@@ -82,12 +82,11 @@ class PatchKey(nn.Module):
     def __init__(self, prefix: bool) -> None:
         super().__init__()
         self.prefix = prefix
-        causal, whole = pattern_codes(CAUSAL_CELLS), pattern_codes(ALL_CELLS) if prefix else ()
+        causal = torch.tensor(pattern_codes(CAUSAL_CELLS))
+        whole = torch.tensor(pattern_codes(ALL_CELLS) if prefix else (), dtype=torch.int64)
         self.num_rows = len(causal) + len(whole)
-        self.register_buffer("causal_codes", torch.tensor(causal, dtype=torch.int64), persistent=False)
-        self.register_buffer(
-            "whole_codes", torch.tensor(whole, dtype=torch.int64), persistent=False
-        )
+        self.register_buffer("causal_codes", causal, persistent=False)
+        self.register_buffer("whole_codes", whole, persistent=False)
 
     def forward(self, context: Context) -> Tensor:
         """int64 (N,) rows, NOTHING for tokens without one."""
