@@ -129,9 +129,7 @@ def time_steps(args: Any) -> tuple[list[dict[str, Any]], list[list[str]]]:
             "times_off": ratios(values, seconds["off"]),
         }
         cases.append(case)
-        rows.append(
-            [name, f"{counts[name]:,}", text(case["step_ms"], 0), text(case["times_off"])]
-        )
+        rows.append([name, f"{counts[name]:,}", text(case["step_ms"], 0), text(case["times_off"])])
     return cases, rows
 
 

@@ -110,9 +110,7 @@ def test_4x_and_1x_outputs_and_gradients_are_those_of_a_loop_over_tokens():
             table.requires_grad_()
             ffn.zero_grad()
             if looped and form == "4x":
-                outputs = [
-                    loop_ffn(ffn, x, 1 + table[i]) for x, i in zip(x_NC, ids, strict=True)
-                ]
+                outputs = [loop_ffn(ffn, x, 1 + table[i]) for x, i in zip(x_NC, ids, strict=True)]
             elif looped:
                 ones = torch.ones(7, dtype=torch.float64)
                 outputs = [
@@ -228,7 +226,9 @@ def test_tables_on_disk_give_the_logits_and_gradients_of_tables_in_memory(tmp_pa
 # Oracle 9 in the network: nothing leaks through the keys.
 
 
-@pytest.mark.parametrize(("mask", "patch"), [("causal", "causal"), ("prefix", "causal"), ("prefix", "prefix")])
+@pytest.mark.parametrize(
+    ("mask", "patch"), [("causal", "causal"), ("prefix", "causal"), ("prefix", "prefix")]
+)
 def test_no_logit_sees_a_later_output_token(mask, patch):
     model = tiny_model(mask=mask, deep={"patch": patch})
     for doc in documents(demos=True):
@@ -367,7 +367,7 @@ def test_only_the_batch_s_tasks_get_a_gradient():
 @pytest.mark.parametrize("deep", [{}, {"store": "memmap"}, {"store": "memmap", "dtype": "bf16"}])
 def test_a_checkpoint_gives_back_every_table(tmp_path, deep):
     (tmp_path / "work").mkdir()
-    config = replace(Config(), model=tiny_config(deep=deep))
+    config = replace(Config(), out="runs/x", model=tiny_config(deep=deep))
     torch.manual_seed(0)
     model = with_files(build_model(config.model, 5), tmp_path / "work").eval()
     for parameter in model.parameters():
@@ -383,7 +383,7 @@ def test_a_checkpoint_gives_back_every_table(tmp_path, deep):
 
 
 def test_a_checkpoint_whose_table_is_gone_or_of_another_form_is_refused(tmp_path):
-    config = replace(Config(), model=tiny_config(("token",), {"store": "memmap"}))
+    config = replace(Config(), out="runs/x", model=tiny_config(("token",), {"store": "memmap"}))
     path = tmp_path / "run" / "deep_embed.token.safetensors"
     save_checkpoint(tmp_path / "run", build_model(config.model, 1), config, ("a",), {})
     whole = path.read_bytes()
@@ -393,7 +393,9 @@ def test_a_checkpoint_whose_table_is_gone_or_of_another_form_is_refused(tmp_path
     path.unlink()
     with pytest.raises(UserError, match="deep_embed.token.safetensors' cannot be opened"):
         load_model(tmp_path / "run")
-    other = replace(Config(), model=tiny_config(("token",), {"store": "memmap", "form": "1x"}))
+    other = replace(
+        Config(), out="runs/x", model=tiny_config(("token",), {"store": "memmap", "form": "1x"})
+    )
     save_checkpoint(tmp_path / "other", build_model(other.model, 1), other, ("a",), {})
     path.write_bytes((tmp_path / "other" / path.name).read_bytes())
     with pytest.raises(UserError, match=r"\[14, 2, 32\]; expected F32 of shape \[14, 2, 48\]"):

@@ -242,9 +242,7 @@ def test_tokens_that_spell_no_grid_still_have_keys():
     for number, token in enumerate(ragged):
         positions[number] = (x, y, 3)
         x, y = (0, y + 1) if token == 11 else (x + 1, y)
-    context = PackedTokens(
-        torch.tensor(ragged), torch.tensor(positions), torch.arange(len(ragged))
-    )
+    context = PackedTokens(torch.tensor(ragged), torch.tensor(positions), torch.arange(len(ragged)))
     for key in KEYS.values():
         rows = key(context)
         assert ((rows >= NOTHING) & (rows < key.num_rows)).all()

@@ -149,9 +149,7 @@ def test_a_resume_file_without_its_tables_says_so(tiny, tmp_path, monkeypatch):
     assert run_training(replace(config, resume=False)) == 0
 
 
-def test_a_copy_that_cannot_be_written_is_a_warning_and_the_run_goes_on(
-    tiny, monkeypatch, capsys
-):
+def test_a_copy_that_cannot_be_written_is_a_warning_and_the_run_goes_on(tiny, monkeypatch, capsys):
     config = tiny(model=deep("token", store="memmap"), trainer={"checkpoint_steps": 2})
     save = row_tables.RowTables.save
 

@@ -111,14 +111,12 @@ class _Lookup:
 
     def __init__(self, parts: list[tuple[DeepTable, Fetch, Tensor | None]]) -> None:
         self._parts = parts
-        self._rows: list[Rows] | None = None
 
     def delta(self, layer: int, rows_M: Tensor | None) -> Tensor:
         """Sum over the keys; those with documents (doc_N) are looked up once a document."""
-        if self._rows is None:
-            self._rows = [fetch() for _, fetch, _ in self._parts]
         total_NX: Tensor | None = None
-        for (table, _, doc_N), rows in zip(self._parts, self._rows, strict=True):
+        for table, fetch, doc_N in self._parts:
+            rows = fetch()
             if doc_N is None:
                 delta_NX = table.delta(rows, layer, rows_M)
             else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ class Rows:
 
 
 Fetch = Callable[[], Rows]
+"""Gives the rows asked for, the same ones at every call; the first may wait for the disk."""
 
 
 class DenseRows(nn.Module):
@@ -122,7 +124,7 @@ class FileRows(nn.Module):
                 self.pending.append(PendingRows(ids_U, leaf.requires_grad_()))
             return Rows(leaf.unbind(1), inverse_N.to(index_N.device))
 
-        return rows
+        return cache(rows)
 
     def _start_reading(self, ids_U: Tensor) -> Callable[[], Tensor]:
         file = self.file

@@ -147,7 +147,7 @@ class RowFile:
         assert rows.shape == (len(ids_U), *self.shape[1:]), (rows.shape, self.shape)
         data = memoryview(rows.flatten().view(torch.uint8).numpy())
         for first, row, count in _runs(ids_U.tolist()):
-            assert 0 <= row and row + count <= self.shape[0], (row, count, self.shape)
+            assert row >= 0 and row + count <= self.shape[0], (row, count, self.shape)
             part = data[first * self._row_bytes : (first + count) * self._row_bytes]
             at = self._begin + row * self._row_bytes
             while part:
