@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tiny_onn.arc.corpus import build_corpus
+from tiny_onn.arc.dataset import EpochBatches
 from tiny_onn.config.check import check_train
 from tiny_onn.config.load import load_config
 from tiny_onn.config.schema import DeepEmbedConfig
 from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import load_model
+from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training import row_tables
 from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.run import run_training
@@ -77,10 +79,10 @@ def test_a_run_on_disk_ends_where_the_same_run_in_memory_does(tiny, tmp_path):
         assert (a - b).norm() < 0.02 * a.norm()  # clipping sums norms in another order
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, dtype):
+def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch):
+    """In bfloat16, which is rounded at random: the random numbers of a step must come back too."""
     settings = {
-        "model": deep("ngram", "task", store="memmap", dtype=dtype) | {"dropout": 0.1},
+        "model": deep("ngram", "task", store="memmap", dtype="bf16") | {"dropout": 0.1},
         "trainer": {"checkpoint_steps": 4},
         "budget": {"steps": 14},
     }
@@ -107,25 +109,6 @@ def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypa
     assert weights(whole)["deep_embed.ngram.safetensors/rows"].any()
 
 
-def test_a_killed_run_on_disk_goes_on_to_the_same_bits(tiny, start, tmp_path):
-    settings = {
-        "model": deep("token", "ngram", store="memmap"),
-        "trainer": {"checkpoint_steps": 5},
-        "budget": {"steps": 150},
-    }
-    whole = replace(tiny(**settings), out=str(tmp_path / "whole"))
-    killed = replace(whole, out=str(tmp_path / "killed"))
-    run_training(whole)
-    process = start(killed)
-    while not (tmp_path / "killed" / "resume.prev.ckpt").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert run_training(killed) == 0
-    assert same(weights(whole), weights(killed))
-
-
 def test_a_resume_file_without_its_tables_says_so(tiny, tmp_path, monkeypatch):
     config = tiny(model=deep("token", store="memmap"), trainer={"checkpoint_steps": 2})
     original = Pretrain.training_step
@@ -146,7 +129,6 @@ def test_a_resume_file_without_its_tables_says_so(tiny, tmp_path, monkeypatch):
         path.rmdir()
     with pytest.raises(UserError, match="DeepEmbed tables of the checkpoint.*resume=false"):
         run_training(config)
-    assert run_training(replace(config, resume=False)) == 0
 
 
 def test_a_copy_that_cannot_be_written_is_a_warning_and_the_run_goes_on(tiny, monkeypatch, capsys):
@@ -183,39 +165,41 @@ def test_settings_are_written_on_the_command_line():
         load_config(["preset=nano", "model.deep_embed.keys=[colour]"])
 
 
-def test_compiled_blocks_take_delta_like_eager_ones(tiny):
-    from tiny_onn.arc.corpus import build_corpus
-    from tiny_onn.arc.dataset import EpochBatches
-    from tiny_onn.model.tiny_onn import build_model
-
-    config = tiny(model=deep("token", "task"))
+@pytest.mark.parametrize("form", ["1x", "4x", "v7a"])
+def test_blocks_still_compile_as_one_graph_for_any_number_of_tokens(tiny, form):
+    """Traced and differentiated as torch.compile does, without its slow code generation."""
+    config = tiny(model=deep("token", "task", form=form, mix_rank=4))
     corpus = build_corpus(config.data)
     model = build_model(config.model, len(corpus.task_ids))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     batches = [EpochBatches(corpus, config.data, 0).batch(0, i) for i in range(2)]
     found = []
-    for _ in range(2):
+    for compiled in (False, True):
+        if compiled:
+            for block in model.blocks:
+                block.leave = torch.compile(
+                    block.leave, backend="aot_eager", dynamic=True, fullgraph=True
+                )
         outputs = [model(batch).logits_MV for batch in batches]
         model.zero_grad()
         outputs[0].logsumexp(-1).sum().backward()
         found.append((*outputs, *(p.grad for p in model.parameters())))
-        model.compile_blocks()
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_tables_in_memory_like_one(tiny, start, tmp_path, strategy):
+def test_two_processes_train_sharded_tables_like_one(tiny, start, tmp_path):
+    """Rows are split between processes; one that has none of a step's rows changes none."""
     settings = {"model": deep("token", "patch", "task"), "budget": {"steps": 6}}
     one = replace(tiny(**settings), out=str(tmp_path / "one"))
     two = replace(
-        tiny(**settings, trainer={"devices": 2, "strategy": strategy, "checkpoint_steps": 3}),
+        tiny(**settings, trainer={"devices": 2, "strategy": "fsdp", "checkpoint_steps": 3}),
         out=str(tmp_path / "two"),
     )
     run_training(one)
-    output, process = "", start(two)
+    process = start(two)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     a, b = weights(one), weights(two)
@@ -227,6 +211,7 @@ def test_two_processes_train_tables_in_memory_like_one(tiny, start, tmp_path, st
 PEAK = """
 import json, sys
 from pathlib import Path
+import numpy as np
 import torch
 from tiny_onn.arc.packing import pack
 from tiny_onn.arc.task import Pair
@@ -234,31 +219,30 @@ from tiny_onn.arc.tokens import encode_pair
 from tiny_onn.config.schema import DeepEmbedConfig, ModelConfig, OptimConfig
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.optim import build_optimizer
-import numpy as np
 
 def peak():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
 
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-deep = DeepEmbedConfig(keys=["ngram"], ngram=4, store=sys.argv[2])
-model = build_model(ModelConfig(width=64, layers=1, heads=2, kv_heads=2, ffn_width=1408,
-                                deep_embed=deep), 1)
-if sys.argv[2] == "memmap":
-    model.deep_embed.create_files(folder)
+before = peak()
+deep = DeepEmbedConfig(keys=["ngram"], ngram=4, store="memmap")
+sizes = {"width": 64, "layers": 1, "heads": 2, "kv_heads": 2, "ffn_width": 1408}
+model = build_model(ModelConfig(**sizes, deep_embed=deep), 1)
+model.deep_embed.create_files(Path(sys.argv[1]))
+store = model.deep_embed.files["ngram"]
+for first in range(0, store.shape[0], 1000):  # every byte on disk, and in the page cache
+    ids = torch.arange(first, min(first + 1000, store.shape[0]))
+    store.file.write(ids, torch.full((len(ids), *store.shape[1:]), 0.1))
 optimizer = build_optimizer(model, OptimConfig())
 rng = np.random.default_rng(0)
-before = None
-for step in range(6):
+for step in range(8):
     grids = [rng.integers(0, 10, (8, 8)).astype(np.uint8) for _ in range(2)]
     batch = pack([encode_pair(Pair(*grids))])
     optimizer.zero_grad()
     model(batch).logits_MV.logsumexp(-1).sum().backward()
     optimizer.step()
-    before = before or peak()
-print(json.dumps([peak(), before]))
+print(json.dumps([before, peak()]))
 """
 
 
@@ -267,14 +251,10 @@ def test_training_on_disk_needs_memory_for_the_batch_not_for_the_table(tmp_path)
     """A 254 MiB table (47,250 4-grams of 1,408 numbers); a 1 GiB one: exp/bench/deep_embed.py."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    peaks = {}
-    for store in ("memmap", "dense"):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(tmp_path), store],
-            capture_output=True, text=True, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        peaks[store] = json.loads(done.stdout)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    before, peak = json.loads(done.stdout)
     assert (tmp_path / "deep_embed.ngram.safetensors").stat().st_size > 253 << 20
-    assert peaks["memmap"][0] < peaks["dense"][0] - 254  # not even once the table
-    assert peaks["memmap"][0] - peaks["memmap"][1] < 32  # and no growth with rows seen
+    assert peak - before < 100, (before, peak)
