@@ -95,6 +95,7 @@ from tiny_onn.errors import run_cli
 from tiny_onn.training.run import run_training
 
 given = json.loads(sys.argv[1])
+given["model"]["deep_embed"] = DeepEmbedConfig(**given["model"]["deep_embed"])
 sections = {
     "data": DataConfig, "model": ModelConfig, "moe": MoeConfig, "reset": ResetConfig,
     "optim": OptimConfig, "budget": BudgetConfig, "trainer": TrainerConfig, "ops": OpsConfig,

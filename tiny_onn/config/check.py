@@ -10,6 +10,7 @@ from typing import Any
 from tiny_onn.config.schema import (
     BudgetConfig,
     Config,
+    DeepEmbedConfig,
     ModelConfig,
     MoeConfig,
     OptimConfig,
@@ -25,6 +26,9 @@ EXCLUSIVE = {
     "predict": ("views", "minutes"),
 }
 """Group -> keys of which a later layer's choice replaces an earlier layer's."""
+
+DEEP_EMBED_KEYS = ("token", "ngram", "patch", "task")
+"""What may stand in model.deep_embed.keys; all but task can live in files."""
 
 _AT_LEAST_1, _AT_LEAST_0 = (1, math.inf, "at least 1"), (0, math.inf, "at least 0")
 _ABOVE_0 = (math.ulp(0.0), math.inf, "above 0")
@@ -57,12 +61,18 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "reset.max_experts": _AT_LEAST_1,
     "reset.warmup_steps": _AT_LEAST_0,
     "reset.until_share": _SHARE,
+    "model.deep_embed.ngram": (2, 4, "from 2 to 4 (for 1, give keys=[token])"),
+    "model.deep_embed.rank": _AT_LEAST_0,
+    "model.deep_embed.task_rank": _AT_LEAST_1,
+    "model.deep_embed.mix_rank": _AT_LEAST_1,
     "optim.muon_lr": _ABOVE_0,
     "optim.adamw_lr": _ABOVE_0,
     "optim.table_lr": _ABOVE_0,
     "optim.muon_weight_decay": _AT_LEAST_0,
     "optim.adamw_weight_decay": _AT_LEAST_0,
     "optim.table_weight_decay": _AT_LEAST_0,
+    "optim.deep_embed_lr": _ABOVE_0,
+    "optim.deep_embed_weight_decay": _AT_LEAST_0,
     "optim.warmup_share": _SHARE,
     "optim.decay_share": _SHARE,
     "optim.final_lr_share": _SHARE,
@@ -100,7 +110,8 @@ def check_ranges(values: Mapping[str, Any]) -> None:
 
 
 def _check_group(
-    group: str, settings: BudgetConfig | ModelConfig | MoeConfig | OptimConfig | ResetConfig
+    group: str,
+    settings: BudgetConfig | DeepEmbedConfig | ModelConfig | MoeConfig | OptimConfig | ResetConfig,
 ) -> None:
     check_ranges({f"{group}.{name}": value for name, value in asdict(settings).items()})
 
@@ -128,6 +139,69 @@ def check_model(model: ModelConfig) -> None:
             f"got model.vocab_size={model.vocab_size}; expected {VOCAB_SIZE} (ten colours, start, "
             "newline, separator, end); leave it out"
         )
+    check_deep_embed(model)
+
+
+def check_deep_embed(model: ModelConfig) -> None:
+    """Keys that exist, and a store, form and ranks that fit them.
+
+    Raises:
+        UserError: an unknown or repeated key, files with nothing to hold, a patch that would see
+            later cells, a rank that is none.
+    """
+    config = model.deep_embed
+    _check_group("model.deep_embed", config)
+    written = f"[{','.join(map(str, config.keys))}]"
+    for name in config.keys:
+        if name not in DEEP_EMBED_KEYS or config.keys.count(name) > 1:
+            raise UserError(
+                f"got model.deep_embed.keys={written}; expected different ones of "
+                f"{', '.join(DEEP_EMBED_KEYS)}; mend {name}"
+            )
+    filed = [name for name in config.keys if name != "task"]
+    if config.store == "memmap" and not filed:
+        raise UserError(
+            f"got model.deep_embed.store=memmap with keys={written}; expected token, ngram or "
+            "patch among them (task rows stay in memory); use store=dense"
+        )
+    if "patch" in config.keys and config.patch == "prefix" and model.mask != "prefix":
+        raise UserError(
+            f"got model.deep_embed.patch=prefix with model.mask={model.mask}, under which a cell "
+            "may not look at later ones; expected patch=causal; give that, or model.mask=prefix"
+        )
+    width = deep_embed_width(model)
+    for name, rank in (("rank", config.rank), ("task_rank", config.task_rank)):
+        used = bool(filed) if name == "rank" else "task" in config.keys
+        if used and rank > width:
+            raise UserError(
+                f"got model.deep_embed.{name}={rank}; expected at most {width}, the width of a "
+                f"row in form {config.form}; lower it"
+            )
+
+
+def deep_embed_width(model: ModelConfig) -> int:
+    """Numbers that a row of a DeepEmbed table stands for, in every layer."""
+    if model.deep_embed.form == "v7a":
+        return model.deep_embed.mix_rank**2
+    return model.width if model.deep_embed.form == "1x" else model.ffn_width
+
+
+def _check_row_files(config: Config) -> None:
+    """What training refuses with DeepEmbed tables on disk."""
+    if config.model.deep_embed.store != "memmap":
+        return
+    processes = config.trainer.devices * config.trainer.nodes
+    if processes > 1:
+        raise UserError(
+            f"got model.deep_embed.store=memmap with trainer.devices={config.trainer.devices} and "
+            f"trainer.nodes={config.trainer.nodes}; expected one process, which alone writes the "
+            "files; use store=dense or one device"
+        )
+    if config.optim.ema_decay > 0:
+        raise UserError(
+            f"got model.deep_embed.store=memmap with optim.ema_decay={config.optim.ema_decay}; "
+            "expected 0, for rows on disk are not averaged; give optim.ema_decay=0 or store=dense"
+        )
 
 
 def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
@@ -148,6 +222,12 @@ def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
         raise UserError(
             f"got moe.every={moe.every} with model.layers={model.layers}; expected at most the "
             "number of layers; use moe.every=1 for experts in all of them"
+        )
+    deep = model.deep_embed
+    if model.ffn == "dynmoe" and deep.keys and deep.form != "1x":
+        raise UserError(
+            f"got model.deep_embed.form={deep.form} with model.ffn=dynmoe, whose experts have no "
+            "hidden layer in common; expected model.deep_embed.form=1x; use it, or model.ffn=dense"
         )
     if moe.combine == "gated" and moe.none_active == "top1":
         raise UserError(
@@ -215,6 +295,7 @@ def check_train(config: Config) -> None:
     check_reset(config.reset, config.moe)
     check_budget(config.budget)
     check_schedule(config.optim)
+    _check_row_files(config)
     if not config.data.sources and not config.data.extra_dirs:
         raise UserError(
             "got data.sources=[] and data.extra_dirs=[]; expected at least one of them to name "

@@ -35,6 +35,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DeepEmbedConfig:
+    keys: list[str] = key(
+        [], "what scales every FFN: any of token, ngram, patch, task, which add up; []: nothing"
+    )
+    form: Literal["1x", "4x", "v7a"] = key(
+        "4x", "scales the FFN's 1x: output, 4x: hidden layer, v7a: hidden layer, with the input"
+    )
+    store: Literal["dense", "memmap"] = key(
+        "dense", "token, ngram and patch tables in memory, or in files read by rows"
+    )
+    dtype: Literal["fp32", "bf16"] = key("fp32", "numbers of the memmap store's files")
+    ngram: int = key(3, "tokens of an n-gram, 2 to 4: 210, 3,150 or 47,250 rows")
+    patch: Literal["causal", "prefix"] = key(
+        "causal", "five cells not after the cell; prefix: all nine where the grid is seen whole"
+    )
+    rank: int = key(
+        0, "token, ngram and patch rows hold this many numbers times a learned basis (0: full)"
+    )
+    task_rank: int = key(16, "numbers a task and layer hold, times a learned basis")
+    mix_rank: int = key(32, "form v7a: a row is a square matrix of this many columns")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     width: int = key(128, "residual width")
     layers: int = key(4, "distinct transformer blocks")
@@ -55,6 +78,7 @@ class ModelConfig:
         "none", "film: the task scales and shifts every block's input, channel by channel"
     )
     vocab_size: int = key(14, "tokens: ten colours, start, newline, separator, end")
+    deep_embed: DeepEmbedConfig = field(default_factory=DeepEmbedConfig)
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,10 @@ class OptimConfig:
     muon_weight_decay: float = key(0.1, "decoupled weight decay of Muon's matrices")
     adamw_weight_decay: float = key(0.01, "decoupled weight decay of the AdamW rest")
     table_weight_decay: float = key(0.0, "decoupled weight decay of task and view vectors")
+    deep_embed_lr: float = key(3e-3, "peak learning rate of DeepEmbed's rows")
+    deep_embed_weight_decay: float = key(
+        0.1, "decoupled decay of a touched DeepEmbed row towards the identity"
+    )
     warmup_share: float = key(0.02, "share of the budget spent warming up")
     decay_share: float = key(0.3, "share of the budget of the final linear decay")
     final_lr_share: float = key(0.0, "learning rate at the end, as a share of the peak")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.model.attention import AttentionContext, FullAttention
+from tiny_onn.model.deep_embed import DeltaOf, InputMix, scale
 from tiny_onn.model.dyn_moe import DynMoE, RoutingLog
 from tiny_onn.model.ffn import SwiGLU
 
@@ -41,6 +42,10 @@ class Block(nn.Module):
     They are the parts that ``compile_parts`` hands to torch.compile (dynamic in N), because
     attention over ragged documents would be recompiled for every batch. Experts run on ragged
     rows too: a block with them compiles ``settle``, what of ``leave`` comes before its FFN.
+
+    DeepEmbed's delta is looked up between the two, so that a table on disk is read while
+    attention runs. It scales the FFN's hidden layer (form 4x; of ``mix``, form v7a, what that
+    makes of it), or, with ``scale_output``, the FFN's output (form 1x, the one for experts).
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Block(nn.Module):
         ffn: SwiGLU | DynMoE,
         film: bool,
         dropout: float,
+        mix: InputMix | None = None,
+        scale_output: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
@@ -58,6 +65,8 @@ class Block(nn.Module):
         self.ffn = ffn
         self.film = TaskFilm(width) if film else None
         self.dropout = dropout
+        self.mix = mix
+        self.scale_output = scale_output
 
     def compile_parts(self) -> None:
         self.enter = torch.compile(self.enter, dynamic=True)
@@ -83,11 +92,17 @@ class Block(nn.Module):
         return x_NC, modulate(self.ffn_norm(x_NC), film_B2C, doc_N)
 
     def leave(
-        self, x_NC: Tensor, attended_NHD: Tensor, film_B2C: Tensor | None, doc_N: Tensor
+        self,
+        x_NC: Tensor,
+        attended_NHD: Tensor,
+        film_B2C: Tensor | None,
+        doc_N: Tensor,
+        delta_NX: Tensor | None = None,
     ) -> Tensor:
-        """Both residual updates, once attention is done."""
+        """Both residual updates, once attention is done; ``delta_NX`` is DeepEmbed's."""
         x_NC, inner_NC = self.settle(x_NC, attended_NHD, film_B2C, doc_N)
-        return x_NC + F.dropout(self.ffn(inner_NC), self.dropout, self.training)
+        update = self._feed_forward(inner_NC, delta_NX)
+        return x_NC + F.dropout(update, self.dropout, self.training)
 
     def leave_with_experts(
         self,
@@ -95,12 +110,24 @@ class Block(nn.Module):
         attended_NHD: Tensor,
         film_B2C: Tensor | None,
         doc_N: Tensor,
+        delta_NC: Tensor | None,
         routing: RoutingLog | None,
     ) -> Tensor:
         """``leave`` around experts, which cannot be compiled."""
         x_NC, inner_NC = self.settle(x_NC, attended_NHD, film_B2C, doc_N)
         update = self.ffn(inner_NC, routing)
+        if delta_NC is not None:
+            update = scale(update, delta_NC)
         return x_NC + F.dropout(update, self.dropout, self.training)
+
+    def _feed_forward(self, x_NC: Tensor, delta_NX: Tensor | None) -> Tensor:
+        if delta_NX is None:
+            return self.ffn(x_NC)
+        if self.scale_output:
+            return scale(self.ffn(x_NC), delta_NX)
+        if self.mix is not None:
+            delta_NX = self.mix(x_NC, delta_NX)
+        return self.ffn(x_NC, delta_NX)
 
     def forward(
         self,
@@ -109,11 +136,13 @@ class Block(nn.Module):
         doc_N: Tensor,
         context: AttentionContext,
         rows_M: Tensor | None = None,
+        delta_of: DeltaOf | None = None,
         routing: RoutingLog | None = None,
     ) -> Tensor:
         """x_NC -> (N, C), or (M, C) at ``rows_M``: the last block skips rows nobody reads.
 
-        What experts did is added to ``routing`` where that is given.
+        ``delta_of`` gives DeepEmbed's delta of those rows; it is asked after attention. What
+        experts did is added to ``routing`` where that is given.
         """
         films = (None, None) if self.film is None else self.film(task_BC)
         q_NHD, k_NKD, v_NKD = self.enter(x_NC, films[0], doc_N, context.cos, context.sin)
@@ -122,6 +151,7 @@ class Block(nn.Module):
             x_NC, attended_NHD, doc_N = (
                 t.index_select(0, rows_M) for t in (x_NC, attended_NHD, doc_N)
             )
+        delta_NX = None if delta_of is None else delta_of(rows_M)
         if isinstance(self.ffn, SwiGLU):
-            return self.leave(x_NC, attended_NHD, films[1], doc_N)
-        return self.leave_with_experts(x_NC, attended_NHD, films[1], doc_N, routing)
+            return self.leave(x_NC, attended_NHD, films[1], doc_N, delta_NX)
+        return self.leave_with_experts(x_NC, attended_NHD, films[1], doc_N, delta_NX, routing)

@@ -1,8 +1,9 @@
 """A trained model as a folder: weights, configuration, task rows, provenance.
 
-``weights.safetensors`` + ``config.yaml`` + ``tasks.json`` + ``provenance.json``. The folder is
-written under a temporary name and renamed; loading unpickles nothing and needs nothing from
-``configs/``.
+``weights.safetensors`` + ``config.yaml`` + ``tasks.json`` + ``provenance.json``, and for every
+DeepEmbed table on disk ``deep_embed.<key>.safetensors``, which a loaded model reads by rows. The
+folder is written under a temporary name and renamed; loading unpickles nothing and needs nothing
+from ``configs/``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def save_checkpoint(
                 f"cannot write checkpoint '{path}' ({error}); expected a writable disk with "
                 "space; free some and give the same command again"
             ) from error
+        if model.deep_embed is not None:
+            model.deep_embed.copy_files(fresh)
         (fresh / CONFIG).write_text(dump_config(config))
         (fresh / TASKS).write_text(json.dumps(list(task_ids), indent=0))
         (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True))
@@ -128,4 +131,6 @@ def load_model(path: str | Path) -> Loaded:
             f"its configuration expects {expected.get(name)}; choose the folder train.py wrote"
         )
     model.load_state_dict(tensors)
+    if model.deep_embed is not None:
+        model.deep_embed.open_files(folder)
     return Loaded(model.eval(), config, tuple(task_ids), provenance)

@@ -5,15 +5,23 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiny_onn.model.deep_embed import scale
+
 
 class SwiGLU(nn.Module):
-    """x_NC -> (silu(x W_gate) * (x W_up)) W_down; W_gate and W_up are one matrix."""
+    """x_NC -> (silu(x W_gate) * (x W_up)) W_down; W_gate and W_up are one matrix.
+
+    ``delta_NF`` (DeepEmbed, form 4x) scales the hidden layer by 1 + delta.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x_NC: Tensor) -> Tensor:
+    def forward(self, x_NC: Tensor, delta_NF: Tensor | None = None) -> Tensor:
         gate_NF, up_NF = self.gate_up(x_NC).chunk(2, dim=-1)
-        return self.down(F.silu(gate_NF) * up_NF)
+        hidden_NF = F.silu(gate_NF) * up_NF
+        if delta_NF is not None:
+            hidden_NF = scale(hidden_NF, delta_NF)
+        return self.down(hidden_NF)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiny_onn.model.token_context import TokenHistory
+
 GROWTH = 64
 """Tokens of room added when the buffers are full."""
 
@@ -17,7 +19,8 @@ class KVCache:
     """Per attention call (block and loop) rotated keys and values, (B, K, T, D) each.
 
     Rows may hold different numbers of tokens (``lengths_B``). Room grows by GROWTH tokens up to
-    ``capacity``, and a step reads no further than the longest row.
+    ``capacity``, and a step reads no further than the longest row. ``history`` holds the tokens
+    themselves, for a model whose DeepEmbed keys look back at them.
 
     Args:
         lengths_B: int64 (B,) tokens of each prompt; longest: their maximum.
@@ -31,6 +34,7 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.task_B = self.view_B = lengths_B
+        self.history: TokenHistory | None = None
         self._room = min(longest + GROWTH, capacity)
         self._call = 0
         self._slot_BK = lengths_B  # rows of the flat (B K T, D) buffers that a step writes
@@ -86,6 +90,8 @@ class KVCache:
         """Keep only these rows, in this order (finished documents leave the batch)."""
         self.lengths_B = self.lengths_B[index_B]
         self.task_B, self.view_B = self.task_B[index_B], self.view_B[index_B]
+        if self.history is not None:
+            self.history.keep(index_B)
         if len(index_B):
             self.longest = int(self.lengths_B.max())
         self._room = min(self.longest + GROWTH, self._room)

@@ -7,6 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_onn.config.check import check_model, check_moe
 from tiny_onn.config.schema import ModelConfig, MoeConfig
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
+from tiny_onn.model.deep_embed import DeepEmbed, DeltaOf, InputMix
 from tiny_onn.model.dyn_moe import DynMoE, Routing, RoutingLog
 from tiny_onn.model.embedding import Embedding
 from tiny_onn.model.ffn import SwiGLU
@@ -32,6 +34,7 @@ from tiny_onn.model.packed_attention import (
     torch_varlen,
 )
 from tiny_onn.model.rope import Rope3D
+from tiny_onn.model.token_context import PackedTokens, TokenHistory
 from tiny_onn.ops import resolve_attention, resolve_experts
 
 
@@ -53,6 +56,8 @@ class TinyONN(nn.Module):
         self.num_tasks = num_tasks
         self.embedding = Embedding(config.vocab_size, config.width, num_tasks)
         self.rope = Rope3D(config.head_width, config.rope_base)
+        deep = config.deep_embed
+        mixes = bool(deep.keys) and deep.form == "v7a"
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
@@ -66,6 +71,8 @@ class TinyONN(nn.Module):
                 self._ffn(layer),
                 film=config.task_modulation == "film",
                 dropout=config.dropout,
+                mix=InputMix(config.width, deep.mix_rank, config.ffn_width) if mixes else None,
+                scale_output=deep.form == "1x",
             )
             for layer in range(config.layers)
         )
@@ -73,6 +80,8 @@ class TinyONN(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.attention_backend = "sdpa"
         self._initialise()
+        # Drawn after all other weights, which are those of the same seed without it.
+        self.deep_embed = DeepEmbed(config, num_tasks) if deep.keys else None
 
     def _ffn(self, layer: int) -> SwiGLU | DynMoE:
         config, moe = self.config, self.moe
@@ -91,7 +100,7 @@ class TinyONN(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("blocks.") or parameter.dim() < 2 or "film" in name:
                 continue
-            if ".gate." in name:  # prototypes start otherwise
+            if ".gate." in name or ".mix." in name:  # they start in ways of their own
                 continue
             std = parameter.shape[-1] ** -0.5
             if name.endswith(("attention.out.weight", "ffn.down.weight", "experts.down")):
@@ -146,20 +155,43 @@ class TinyONN(nn.Module):
         routing: RoutingLog | None = None,
     ) -> Tensor:
         """Last hidden states of a packed batch at ``rows_M`` (default all N), before the norm."""
+        deltas = self._deltas(batch, cache)  # first: reading tables on disk begins here
         layout = batch.layout
         cos, sin = self.rope(batch.positions_N3)
         context = AttentionContext(cos, sin, attend=self.plan_attention(batch))
         if cache is not None:
             context.cache, context.doc_N = cache, layout.doc_N
-            begin_B = layout.cu_seqlens[:-1].long()
-            context.column_N = (
-                torch.arange(len(layout.doc_N), device=begin_B.device) - begin_B[layout.doc_N]
-            )
+            context.column_N = _columns(layout)
         x_NC, task_BC = self.embedding(batch.tokens_N, layout.doc_N, batch.task_B, batch.view_B)
-        *earlier, last = list(self.blocks) * self.config.loops
-        for block in earlier:
-            x_NC = block(x_NC, task_BC, layout.doc_N, context, routing=routing)
-        return last(x_NC, task_BC, layout.doc_N, context, rows_M, routing)
+        *earlier, last = list(zip(self.blocks, deltas, strict=True)) * self.config.loops
+        for block, delta_of in earlier:
+            x_NC = block(x_NC, task_BC, layout.doc_N, context, delta_of=delta_of, routing=routing)
+        block, delta_of = last
+        return block(x_NC, task_BC, layout.doc_N, context, rows_M, delta_of, routing)
+
+    def _deltas(self, batch: Any, cache: KVCache | None) -> Sequence[DeltaOf | None]:
+        """DeepEmbed's delta for every block; a cache also learns which tokens keys may look at."""
+        if self.deep_embed is None:
+            return [None] * len(self.blocks)
+        layout = batch.layout
+        column_N = _columns(layout)
+        whole_N = None
+        if self.config.deep_embed.patch == "prefix":
+            whole_N = column_N < layout.prefix_lens[layout.doc_N]
+        tokens = PackedTokens(batch.tokens_N, batch.positions_N3, column_N, whole_N)
+        if cache is not None:
+            cache.history = TokenHistory(tokens, layout.doc_N, cache.lengths_B, cache.capacity)
+        return self.deep_embed(tokens, batch.task_B, layout.doc_N)
+
+    def _step_deltas(
+        self, tokens_B: Tensor, positions_B3: Tensor, doc_B: Tensor, cache: KVCache
+    ) -> Sequence[DeltaOf | None]:
+        """As :meth:`_deltas`, of the tokens that a decoding step feeds."""
+        if self.deep_embed is None:
+            return [None] * len(self.blocks)
+        assert cache.history is not None, "prefill fills the history"
+        cache.history.append(tokens_B, positions_B3)
+        return self.deep_embed(cache.history, cache.task_B, doc_B)
 
     def compile_blocks(self) -> TinyONN:
         """torch.compile the per-token parts of every block (about 20 s at the first use)."""
@@ -207,12 +239,19 @@ class TinyONN(nn.Module):
         bias_B11T = cache.start_step()
         context = AttentionContext(cos, sin, cache=cache, bias_B11T=bias_B11T)
         doc_B = torch.arange(len(tokens_B), device=tokens_B.device)
+        deltas = self._step_deltas(tokens_B, positions_B3, doc_B, cache)
         x_BC, task_BC = self.embedding(tokens_B, doc_B, cache.task_B, cache.view_B)
         for _ in range(self.config.loops):
-            for block in self.blocks:
-                x_BC = block(x_BC, task_BC, doc_B, context)
+            for block, delta_of in zip(self.blocks, deltas, strict=True):
+                x_BC = block(x_BC, task_BC, doc_B, context, delta_of=delta_of)
         cache.finish_step()
         return self.logits(x_BC)
+
+
+def _columns(layout: Any) -> Tensor:
+    """int64 (N,) place of every token in its document (filler rows go on after the last one)."""
+    begin_B = layout.cu_seqlens[:-1].long()
+    return torch.arange(len(layout.doc_N), device=begin_B.device) - begin_B[layout.doc_N]
 
 
 def build_model(config: ModelConfig, num_tasks: int, moe: MoeConfig | None = None) -> TinyONN:

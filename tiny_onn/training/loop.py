@@ -30,6 +30,7 @@ from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
 from tiny_onn.training.routing_monitor import RoutingMonitor
+from tiny_onn.training.row_tables import RowTables
 from tiny_onn.training.signals import StopSignals
 from tiny_onn.training.step_seed import seed_step, step_seed
 from tiny_onn.training.totals import RunTotals
@@ -47,6 +48,7 @@ class RunLoop(L.Callback):
     holdout: measures the hold-out with the weights that the model holds; None for no hold-out.
     finish: takes the final weights (averaged, full, on the CPU) in the first process.
     reset: lets idle experts be reborn; its state is saved with the run's.
+    tables: DeepEmbed's tables on disk, if there are any.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class RunLoop(L.Callback):
         holdout: Callable[[], dict[str, float]] | None = None,
         finish: Callable[[dict[str, Tensor]], None] | None = None,
         reset: ExpertReset | None = None,
+        tables: RowTables | None = None,
     ) -> None:
         self.config = config
         self.budget = budget
@@ -71,6 +74,7 @@ class RunLoop(L.Callback):
         self.reset = reset
         self.routing = RoutingMonitor()
         self.share = 0.0
+        self.tables = tables
         self.final_holdout: dict[str, float] | None = None
         self.facts: dict[str, Any] = {}
         self.totals = RunTotals(**restored["totals"]) if restored else RunTotals()
@@ -222,16 +226,21 @@ class RunLoop(L.Callback):
         parameters = trainer.lightning_module.parameters()
         require_finite_weights(parameters, self.totals.step, self.channel, self.saved_step)
         began = time.monotonic()
-        trainer.save_checkpoint(self._folder / NEWEST)
+        failure = None if self.tables is None else self.tables.save(self.totals.step)
+        if failure is None:
+            trainer.save_checkpoint(self._folder / NEWEST)
+            files: AtomicCheckpointIO = trainer.strategy.checkpoint_io
+            failure = files.failure
         self._last_save = time.monotonic()
         self.budget.reserve = max(self.budget.reserve, self._last_save - began)
-        files: AtomicCheckpointIO = trainer.strategy.checkpoint_io
-        if not self.channel.any(files.failure is not None):
+        if not self.channel.any(failure is not None):
+            if self.tables is not None:
+                self.tables.forget_all_but({self.totals.step, self.saved_step})
             self.saved_step = self.totals.step
-        elif files.failure is not None:
+        elif failure is not None:
             kept = "none" if self.saved_step is None else f"that of step {self.saved_step}"
             self.progress.line(
-                f"warning: cannot write {self._folder / NEWEST} ({files.failure}); "
+                f"warning: cannot write {self._folder / NEWEST} ({failure}); "
                 f"the last checkpoint is {kept}; free some space"
             )
 

@@ -1,4 +1,4 @@
-"""Parameter groups, and one optimizer object that runs Muon and AdamW side by side.
+"""Parameter groups, and one optimizer object that runs Muon, AdamW and DeepEmbed's rows together.
 
 One object keeps Lightning's automatic optimization, clipping and checkpoints simple.
 """
@@ -12,31 +12,42 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from tiny_onn.config.schema import OptimConfig
+from tiny_onn.model.deep_embed_store import DenseRows
 from tiny_onn.model.embedding import RowTable
 from tiny_onn.model.gate import CosineGate
 from tiny_onn.training.distributed import sharded_like
 from tiny_onn.training.muon import muon_defaults, muon_group_step
+from tiny_onn.training.row_optim import (
+    FileRowsOptimizer,
+    file_stores,
+    new_row_state,
+    step_table,
+)
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Each parameter group names its rule in ``kind``: "muon" or "adamw" (fused).
+    """Each parameter group names its rule in ``kind``: "muon", "adamw" (fused) or "rows".
 
-    Groups also carry ``peak_lr``; the schedule writes ``lr``.
+    Groups also carry ``peak_lr``; the schedule writes ``lr``. ``row_files`` steps tables that
+    live in files, at the rate of the group of kind "rows" (which may hold no parameter).
 
     ``row_scale`` maps a parameter to factors from 0 to 1, one for each of its rows (its first
     dimension), on what a step changes of it: the warm-up of rows that were begun anew.
     """
 
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], row_files: FileRowsOptimizer | None = None
+    ) -> None:
         for group in groups:
-            if group["kind"] not in ("muon", "adamw"):
-                raise ValueError(f"unknown kind '{group['kind']}'; expected muon or adamw")
+            if group["kind"] not in ("muon", "adamw", "rows"):
+                raise ValueError(f"unknown kind '{group['kind']}'; expected muon, adamw or rows")
             group.setdefault("peak_lr", group["lr"])
         super().__init__(groups, {})
         self.row_scale: dict[Tensor, Tensor] = {}
+        self.row_files = row_files
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -48,12 +59,37 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["kind"] == "muon":
                 muon_group_step(group, self.state)
+            elif group["kind"] == "rows":
+                self._row_group_step(group)
             else:
                 self._adamw_group_step(group)
         for p, scale_R in self.row_scale.items():
             scale = scale_R.view(-1, *(1,) * (p.dim() - 1)).to(p)
             p.copy_(before[p].lerp(p, sharded_like(scale, p)))
         return loss
+
+    def _row_group_step(self, group: dict[str, Any]) -> None:
+        rule = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if "touches" not in self.state[p]:
+                self.state[p] = new_row_state(p)
+            step_table(p, p.grad, self.state[p], **rule)
+        if self.row_files is not None:
+            self.row_files.step(**rule)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's, with the state of the tables in files if there are any."""
+        state = super().state_dict()
+        if self.row_files is not None:
+            state["row_files"] = self.row_files.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.row_files is not None:
+            self.row_files.load_state_dict(state_dict["row_files"])
 
     def _adamw_group_step(self, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
@@ -91,22 +127,29 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Every parameter in exactly one of: matrices, tables, embeddings, vectors.
+    """Every parameter in exactly one of: matrices, tables, deep_embed, embeddings, vectors.
 
     matrices: 2-D weights of the blocks and their experts' stacks; tables: task and view vectors;
-    vectors: 1-D and smaller (norms, thresholds of the gates); embeddings: the rest (token
-    embedding, head, prototypes of the gates: vectors that happen to stand below each other).
+    deep_embed: rows of DeepEmbed's tables in memory; vectors: 1-D and smaller (norms, thresholds
+    of the gates); embeddings: the rest (token embedding, head, bases of DeepEmbed, prototypes of
+    the gates: vectors that happen to stand below each other).
     """
-    table_ids = {id(p) for m in model.modules() if isinstance(m, RowTable) for p in m.parameters()}
+    owner = {
+        id(p): kind
+        for cls, kind in ((RowTable, "tables"), (DenseRows, "deep_embed"))
+        for m in model.modules()
+        if isinstance(m, cls)
+        for p in m.parameters()
+    }
     gate_ids = {id(p) for m in model.modules() if isinstance(m, CosineGate) for p in m.parameters()}
     kinds: dict[str, dict[str, Tensor]] = {
-        "matrices": {}, "tables": {}, "embeddings": {}, "vectors": {}
+        "matrices": {}, "tables": {}, "deep_embed": {}, "embeddings": {}, "vectors": {}
     }  # fmt: skip
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if id(p) in table_ids:
-            kind = "tables"
+        if id(p) in owner:
+            kind = owner[id(p)]
         elif p.dim() < 2:
             kind = "vectors"
         elif "blocks." in name and id(p) not in gate_ids:
@@ -120,7 +163,8 @@ def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> MuonAdamW:
     """Muon (or AdamW) for the matrices of the blocks, AdamW for the rest.
 
-    Norms and other vectors are never decayed.
+    Norms and other vectors are never decayed. DeepEmbed's rows have a rule of their own
+    (row_optim.py).
     """
     kinds = split_parameters(model)
 
@@ -151,4 +195,16 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> MuonAdamW:
         adamw_group("vectors", optim.adamw_lr, 0.0),
         adamw_group("tables", optim.table_lr, optim.table_weight_decay),
     ]
-    return MuonAdamW([g for g in groups if g["params"]])
+    groups = [group for group in groups if group["params"]]
+    stores = file_stores(model)
+    if kinds["deep_embed"] or stores:
+        groups.append(
+            {
+                "params": list(kinds["deep_embed"].values()),
+                "name": "deep_embed",
+                "kind": "rows",
+                "lr": optim.deep_embed_lr,
+                "weight_decay": optim.deep_embed_weight_decay,
+            }
+        )
+    return MuonAdamW(groups, FileRowsOptimizer(stores) if stores else None)

@@ -15,6 +15,7 @@ from tiny_onn.losses.sdl import SDLTerms
 from tiny_onn.training.datamodule import TrainBatch
 from tiny_onn.training.optim import MuonAdamW, build_optimizer
 from tiny_onn.training.routing import StepRouting, gather_routing
+from tiny_onn.training.row_optim import pending_leaves
 
 
 class Pretrain(L.LightningModule):
@@ -73,4 +74,5 @@ class Pretrain(L.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, **limits: Any) -> None:
         if self.optim.clip_norm > 0:
-            self.grad_norm = clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+            parameters = [*self.model.parameters(), *pending_leaves(self.model)]
+            self.grad_norm = clip_grad_norm_(parameters, self.optim.clip_norm)

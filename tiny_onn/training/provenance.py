@@ -12,6 +12,7 @@ from torch import nn
 
 from tiny_onn.arc.corpus import Corpus
 from tiny_onn.config.schema import Config, ModelConfig
+from tiny_onn.model.tiny_onn import TinyONN
 from tiny_onn.training.optim import split_parameters
 from tiny_onn.training.totals import RunTotals
 
@@ -70,7 +71,8 @@ def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int
             products += p[0].numel() * totals.expert_pairs * name.startswith(last)
             continue
         rows = config.loops * (totals.documents if ".film." in name else totals.tokens)
-        if name.startswith(last) and (".attention.out." in name or ".ffn." in name):
+        after = any(part in name for part in (".attention.out.", ".ffn.", ".mix."))
+        if name.startswith(last) and after:
             rows -= totals.tokens - totals.targets
         products += p.numel() * rows
     channels = config.loops * config.layers * config.heads * config.head_width
@@ -79,7 +81,7 @@ def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int
 
 def provenance(
     config: Config,
-    model: nn.Module,
+    model: TinyONN,
     corpus: Corpus,
     totals: RunTotals,
     device: torch.device,
@@ -108,6 +110,9 @@ def provenance(
         "table_parameters": tables,
         "expert_parameters": experts,
         "expert_pairs": totals.expert_pairs,
+        "deep_embed_parameters": (
+            0 if model.deep_embed is None else model.deep_embed.num_parameters()
+        ),
         "device": device_name(device),
         "processes": world,
         "threads": torch.get_num_threads(),

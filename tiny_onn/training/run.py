@@ -47,6 +47,7 @@ from tiny_onn.training.resume import (
     remove_leftovers,
     remove_resume,
 )
+from tiny_onn.training.row_tables import RowTables, remove_row_tables
 from tiny_onn.training.run_folder import CHECKPOINT, METRICS, finished, require_same_run
 from tiny_onn.training.signals import Interrupted, StopSignals
 
@@ -126,6 +127,9 @@ class _Run:
         budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
         module = Pretrain(model, config.optim, config.moe)
         reset = self._expert_reset(lambda: loop, restored)
+        tables = None
+        if model.deep_embed is not None and model.deep_embed.files:
+            tables = RowTables(model.deep_embed, self.folder)
         loop = RunLoop(
             config,
             budget,
@@ -136,6 +140,7 @@ class _Run:
             holdout=self._holdout(module, corpus),
             finish=lambda weights: self._finish(loop, module, corpus, weights),
             reset=reset,
+            tables=tables,
         )
         trainer = make_trainer(
             config.trainer,
@@ -150,6 +155,8 @@ class _Run:
         if config.trainer.compile:
             compile_model(model, device)
         self._open_folder(corpus, restored)  # only now: what cannot run here destroys nothing
+        if tables is not None:
+            tables.begin(loop.saved_step)
         self._describe(model, trainer)
         data = PretrainData(
             lambda rank, world: EpochBatches(corpus, config.data, config.seed, rank, world),
@@ -258,6 +265,8 @@ class _Run:
         """Save the trained model (first process only)."""
         model = build_model(self.config.model, len(corpus.task_ids), self.config.moe)
         model.load_state_dict(weights)
+        if loop.tables is not None:
+            model.deep_embed.open_files(loop.tables.folder)
         facts = provenance(
             self.config,
             model,
@@ -279,6 +288,7 @@ class _Run:
         }
         atomic_write_text(self.folder / METRICS, json.dumps(metrics, indent=1, sort_keys=True))
         remove_resume(self.folder)
+        remove_row_tables(self.folder)
         print(
             f"trained {loop.totals.step} steps, {loop.totals.tokens:,} tokens in "
             f"{clock_text(loop.totals.seconds)}; checkpoint: {self.folder / CHECKPOINT}"
