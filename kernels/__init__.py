@@ -1,1 +1,1 @@
-"""Triton kernels of the sparse paths (none yet: the dense baseline needs none)."""
+"""Operations of the sparse paths: references in PyTorch, and Triton kernels beside them."""

@@ -13,10 +13,14 @@ import logging
 import torch
 
 from tiny_onn.errors import BackendUnavailable
+from tiny_onn_kernels.nsa import reference as nsa_reference
 
 log = logging.getLogger("tiny_onn")
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
+
+nsa = nsa_reference
+"""NSA's branches: the PyTorch implementation, on every device (there is no other yet)."""
 
 
 def _has_torch_varlen() -> bool:

@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tiny_onn.config.schema import BudgetConfig, Config, ModelConfig, OptimConfig, SubmitConfig
+from tiny_onn.config.schema import (
+    BudgetConfig,
+    Config,
+    ModelConfig,
+    NsaConfig,
+    OptimConfig,
+    SubmitConfig,
+)
 from tiny_onn.errors import UserError
 
 VOCAB_SIZE = 14
+
+NUM_FORCED_BLOCKS = 3
+"""Blocks that NSA always reads: the document's first, the token's own, the one before it."""
 
 EXCLUSIVE = {
     "budget": ("minutes", "epochs", "steps"),
@@ -37,6 +47,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "model.ffn_width": _AT_LEAST_1,
     "model.rope_base": (1, math.inf, "at least 1"),
     "model.dropout": _BELOW_1,
+    "nsa.block": _AT_LEAST_1,
+    "nsa.stride": _AT_LEAST_1,
+    "nsa.select_block": _AT_LEAST_1,
+    "nsa.select_count": _AT_LEAST_1,
+    "nsa.window": _AT_LEAST_1,
     "optim.muon_lr": _ABOVE_0,
     "optim.adamw_lr": _ABOVE_0,
     "optim.table_lr": _ABOVE_0,
@@ -79,7 +94,9 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             raise UserError(f"got {name}={value}; expected a number {words}; change it")
 
 
-def _check_group(group: str, settings: BudgetConfig | ModelConfig | OptimConfig) -> None:
+def _check_group(
+    group: str, settings: BudgetConfig | ModelConfig | NsaConfig | OptimConfig
+) -> None:
     check_ranges({f"{group}.{name}": value for name, value in asdict(settings).items()})
 
 
@@ -105,6 +122,29 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"got model.vocab_size={model.vocab_size}; expected {VOCAB_SIZE} (ten colours, start, "
             "newline, separator, end); leave it out"
+        )
+
+
+def check_nsa(nsa: NsaConfig) -> None:
+    """Numbers in their ranges; blocks that fit the stride, and room for the forced ones.
+
+    Raises:
+        UserError: a number out of range, a stride that does not divide a block, too few blocks.
+    """
+    _check_group("nsa", nsa)
+    for name in ("block", "select_block"):
+        length = getattr(nsa, name)
+        if length % nsa.stride:
+            fitting = -(-length // nsa.stride) * nsa.stride
+            raise UserError(
+                f"got nsa.{name}={length} with nsa.stride={nsa.stride}; expected a multiple of the "
+                f"stride; use nsa.{name}={fitting}, or another stride"
+            )
+    if nsa.select_count < NUM_FORCED_BLOCKS:
+        raise UserError(
+            f"got nsa.select_count={nsa.select_count}; expected at least {NUM_FORCED_BLOCKS} (the "
+            "document's first block, the token's own and the one before it are always read); use "
+            f"nsa.select_count={NUM_FORCED_BLOCKS} or more"
         )
 
 
@@ -148,6 +188,7 @@ def check_train(config: Config) -> None:
         UserError: the first thing that does not fit.
     """
     check_model(config.model)
+    check_nsa(config.nsa)
     check_budget(config.budget)
     check_schedule(config.optim)
     if not config.data.sources and not config.data.extra_dirs:

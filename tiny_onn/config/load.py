@@ -16,7 +16,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tiny_onn.config.check import check_model, check_ranges, check_submit, check_train
+from tiny_onn.config.check import (
+    check_model,
+    check_nsa,
+    check_ranges,
+    check_submit,
+    check_train,
+)
 from tiny_onn.config.help import submit_help, train_help
 from tiny_onn.config.keys import Key, keys_of, suggestion
 from tiny_onn.config.layer import Layer, displaced, flatten, in_origin
@@ -141,6 +147,7 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
         )
     config = _build(Config, keys, [Layer(values, origin)])
     check_model(config.model)
+    check_nsa(config.nsa)
     return config
 
 

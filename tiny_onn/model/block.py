@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.ffn import SwiGLU
+from tiny_onn.model.nsa import NativeSparseAttention
 
 
 class TaskFilm(nn.Module):
@@ -42,7 +43,12 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, width: int, attention: FullAttention, ffn: SwiGLU, film: bool, dropout: float
+        self,
+        width: int,
+        attention: FullAttention | NativeSparseAttention,
+        ffn: SwiGLU,
+        film: bool,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(width)
@@ -58,8 +64,8 @@ class Block(nn.Module):
 
     def enter(
         self, x_NC: Tensor, film_B2C: Tensor | None, doc_N: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the normalised, modulated input."""
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys, values (and gates) of the normalised, modulated input."""
         return self.attention.project(
             modulate(self.attention_norm(x_NC), film_B2C, doc_N), cos, sin
         )
@@ -83,8 +89,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """x_NC -> (N, C), or (M, C) at ``rows_M``: the last block skips rows nobody reads."""
         films = (None, None) if self.film is None else self.film(task_BC)
-        q_NHD, k_NKD, v_NKD = self.enter(x_NC, films[0], doc_N, context.cos, context.sin)
-        attended_NHD = self.attention.attend(q_NHD, k_NKD, v_NKD, context)
+        projected = self.enter(x_NC, films[0], doc_N, context.cos, context.sin)
+        attended_NHD = self.attention.attend(*projected, context)
         if rows_M is not None:
             x_NC, attended_NHD, doc_N = (
                 t.index_select(0, rows_M) for t in (x_NC, attended_NHD, doc_N)

@@ -42,7 +42,7 @@ class KVCache:
             buffer[doc_N, column_N] = packed
             store.append(buffer.transpose(1, 2).contiguous())
 
-    def start_step(self) -> Tensor:
+    def start_step(self) -> Tensor | None:
         """Begin a decoding step; returns what is added to scores (B, 1, 1, T): 0, -inf for keys
         that a row may not see. (Additive, since SDPA would turn a boolean mask into that in every
         layer.)
@@ -50,6 +50,10 @@ class KVCache:
         Raises:
             IndexError: a row's capacity is used up.
         """
+        self._begin_step()
+        return self._hidden_bias()
+
+    def _begin_step(self) -> None:
         if self.longest >= self.capacity:
             raise IndexError(
                 f"KV cache of {self.capacity} tokens is full; prefill with more max_new_tokens"
@@ -63,6 +67,9 @@ class KVCache:
         keys = self.keys[0]
         head_BK = torch.arange(keys[:, :, 0, 0].numel(), device=keys.device)
         self._slot_BK = head_BK * self._room + self.lengths_B.repeat_interleave(keys.shape[1])
+
+    def _hidden_bias(self) -> Tensor:
+        keys = self.keys[0]
         column_T = torch.arange(self.longest + 1, device=keys.device)
         hidden_BT = column_T[None, :] > self.lengths_B[:, None]
         bias_BT = torch.zeros(hidden_BT.shape, dtype=keys.dtype, device=keys.device)

@@ -120,7 +120,7 @@ class _Run:
         data_hash = corpus.report.corpus_sha256
         restored = self._resume_point(data_hash)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, len(corpus.task_ids))
+        model = build_model(config.model, len(corpus.task_ids), nsa=config.nsa)
         identity = {"config": asdict(config), "data": data_hash}
         budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
         module = Pretrain(model, config.optim)
@@ -238,7 +238,7 @@ class _Run:
         weights: dict[str, torch.Tensor],
     ) -> None:
         """Save the trained model (first process only)."""
-        model = build_model(self.config.model, len(corpus.task_ids))
+        model = build_model(self.config.model, len(corpus.task_ids), nsa=self.config.nsa)
         model.load_state_dict(weights)
         facts = provenance(
             self.config,
