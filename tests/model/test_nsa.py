@@ -66,7 +66,7 @@ def decode_from(model, docs, cuts):
     """(document, position, logits) of every step after prompts of ``cuts`` tokens, rows leaving
     when they are done."""
     batch = pack([cut(doc, n) for doc, n in zip(docs, cuts, strict=True)])
-    logits, cache = model.prefill(batch, max_new_tokens=80)
+    logits, cache = model.prefill(batch, max_new_tokens=100)
     alive = [(i, cuts[i]) for i in batch.order]
     while alive:
         yield from ((i, at - 1, row) for (i, at), row in zip(alive, logits, strict=True))
@@ -297,11 +297,11 @@ def test_a_fault_in_the_step_alone_is_noticed(fault, monkeypatch):
             nsa_module.nsa, "decode_compressed", lambda q, k, v, n: step(q, k, v, n - 1)
         )
     else:
-        first, weights = select.overlap_taps(6, 3, 3)
         scores = nsa_module.nsa.block_scores
 
         def shifted(share, *sizes):
-            return scores(share, *sizes).roll(1, -1)
+            found = scores(share, *sizes)
+            return found.roll(1, -1) if len(share) == 1 else found  # one row: a step
 
         monkeypatch.setattr(nsa_module.nsa, "block_scores", shifted)
     model = tiny_model({"mask": "causal", "layers": 1})
@@ -326,8 +326,8 @@ def test_separate_keys_and_values_feed_their_own_branch_only(branch):
 def test_gates_start_at_one_half_and_phi_as_the_mean():
     model = build_model(ModelConfig(attention="nsa", width=32, layers=1), 1, nsa=SMALL)
     attention = model.blocks[0].attention
-    context_free = attention.project(torch.randn(5, 32), torch.ones(5, 1, 16), torch.zeros(5, 1, 16))
-    assert (context_free[4] == 0.5).all()
+    cos, sin = torch.ones(5, 1, 16), torch.zeros(5, 1, 16)
+    assert (attention.project(torch.randn(5, 32), cos, sin)[4] == 0.5).all()
     blocks = torch.randn(3, 6, 4, 32)
     position = attention.compress_key.position.mean(0)
     torch.testing.assert_close(attention.compress_key(blocks), blocks.mean(1) + position)
