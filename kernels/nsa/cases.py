@@ -29,7 +29,7 @@ class Case:
     block: int = 4
     stride: int = 2
     select_block: int = 4
-    count: int = 3
+    count: int = 5
     window: int = 5
     tile: int = TILE
 
@@ -71,9 +71,7 @@ class Case:
             normal(num_tokens, self.heads, 3).sigmoid(),
         )
 
-    def naive(
-        self, inputs: Inputs, choices: list[list[set[int]]] | None = None
-    ) -> NaiveBranches:
+    def naive(self, inputs: Inputs, choices: list[list[set[int]]] | None = None) -> NaiveBranches:
         """The naive branches of all documents, one after the other."""
         layout, start, first, parts = self.layout(), 0, 0, []
         counts = layout.compressed.doc_M.bincount(minlength=len(self.lengths)).tolist()
@@ -151,6 +149,16 @@ CASES: tuple[Case, ...] = (
     Case((31, 26), (0, 20), block=8, stride=2, select_block=4, count=4, window=1, tile=16),
     Case((37,), (12,), block=2, stride=2, select_block=6, count=3, window=6, tile=8),
     Case((33,), (0,), block=1, stride=1, select_block=5, count=4, window=2),
-    Case((70, 66), (30, 0), heads=4, kv_heads=1, select_block=8, block=8, stride=4, window=11),
+    Case(
+        (70, 66),
+        (30, 0),
+        heads=4,
+        kv_heads=1,
+        select_block=8,
+        block=8,
+        stride=4,
+        count=3,
+        window=11,
+    ),
 )
 """Small enough for the naive implementation."""

@@ -40,7 +40,7 @@ VARIANTS = [
 def tiny_model(changes=None, nsa=None, seed=0):
     torch.manual_seed(seed)
     sizes = {"width": 32, "layers": 2, "heads": 4, "head_width": 8, "ffn_width": 48}
-    config = ModelConfig(**sizes, attention="nsa", **(changes or {}))
+    config = ModelConfig(**(sizes | {"attention": "nsa"} | (changes or {})))
     model = build_model(config, 5, nsa=replace(SMALL, **(nsa or {}))).double().eval()
     for parameter in model.parameters():  # what starts at zero must take part too
         torch.nn.init.normal_(parameter, std=0.3)
@@ -389,6 +389,7 @@ def test_the_parts_before_and_after_attention_are_traced_whole():
 
 def test_a_checkpoint_keeps_the_settings(tmp_path):
     config = Config(
+        out="x",
         model=ModelConfig(width=32, layers=1, heads=2, kv_heads=1, attention="nsa"),
         nsa=replace(SMALL, kv="per_branch"),
     )

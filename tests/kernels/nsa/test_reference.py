@@ -142,9 +142,7 @@ def test_rows_without_any_block_are_zero_with_finite_gradients(rows):
     _, index = inputs.run(layout, case.count)
     empty = torch.ones(15, dtype=torch.bool) if rows == "all" else torch.arange(15) % 3 == 0
     index = index.masked_fill(empty[:, None, None], -1)
-    out = nsa.selected_attention(
-        inputs.q, inputs.k_selected, inputs.v_selected, index, layout
-    )
+    out = nsa.selected_attention(inputs.q, inputs.k_selected, inputs.v_selected, index, layout)
     assert (out[empty] == 0).all() and out.isfinite().all()
     (out * torch.randn_like(out)).sum().backward()
     for tensor in (inputs.q, inputs.k_selected, inputs.v_selected):
