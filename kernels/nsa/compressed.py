@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn_kernels.nsa.layout import NsaLayout
-from tiny_onn_kernels.nsa.tile_attention import attend_in_tiles, full_precision, wide_dtype
+from tiny_onn_kernels.nsa.tile_attention import (
+    attend_in_tiles,
+    full_precision,
+    scaled,
+    wide_dtype,
+)
 
 
 def compress(
@@ -56,7 +61,7 @@ def compressed_attention(
     key_SC, visible_SRC = layout.compressed_keys
     with full_precision(q_NHD):
         out_NHE, share_NKC = attend_in_tiles(
-            q_NHD.to(dtype),
+            scaled(q_NHD),
             k_MKD.to(dtype),
             v_MKE.to(dtype),
             layout.compressed_tiles,

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from tiny_onn_kernels.nsa.layout import token_visible, window_bounds
-from tiny_onn_kernels.nsa.tile_attention import full_precision, tile_attention, wide_dtype
+from tiny_onn_kernels.nsa.tile_attention import (
+    full_precision,
+    scaled,
+    tile_attention,
+    wide_dtype,
+)
 
 
 def _attend(
@@ -19,9 +24,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """(B, H, E) and the group's weights (B, K, X); visible: bool, broadcast to (B, K, X)."""
     dtype, kv_heads = wide_dtype(q_BHD.dtype), k_BKXD.shape[1]
-    q_BK1GD = q_BHD.to(dtype).unflatten(1, (kv_heads, 1, -1))
+    q_BK1GD = scaled(q_BHD).unflatten(1, (kv_heads, 1, -1))
     with full_precision(q_BHD):
-        out, _, share = tile_attention(
+        out, share = tile_attention(
             q_BK1GD, k_BKXD.to(dtype), v_BKXE.to(dtype), visible.unsqueeze(-2), want_share
         )
     return out.flatten(1, 3).to(q_BHD.dtype), share.squeeze(-2) if want_share else share

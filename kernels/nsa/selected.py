@@ -2,7 +2,7 @@
 
 Pairs (token, chosen block) are sorted by block and cut into tiles, so that a block meets many of
 the queries that chose it in one product and only queries are gathered, not n l' keys for each.
-Every pair's partial output is then merged at its token by the real log-sum-exp.
+A pair's partial output is weighted by the log-sum-exp of all its token's pairs, and summed there.
 
 Shapes: N tokens, H query heads in K groups of G, n chosen blocks, D head width, E value width,
 J selectable blocks of all documents, L = l' tokens of one, P = N * K * n pairs, Z = K * J blocks
@@ -12,6 +12,7 @@ of all heads, S tiles of R tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,13 @@ from torch import Tensor
 from tiny_onn_kernels.nsa.layout import TILE, Cover, NsaLayout, token_visible
 from tiny_onn_kernels.nsa.tile_attention import (
     Take,
+    attention_adjoint,
+    exponentials,
     full_precision,
-    tile_attention,
+    gather_sum,
+    masked_scores,
+    normalised,
+    scaled,
     wide_dtype,
 )
 
@@ -50,16 +56,17 @@ def invert_index(index_NKn: Tensor, layout: NsaLayout) -> InverseIndex:
 
 
 @dataclass(frozen=True)
-class _PairTiles:
+class PairTiles:
     """block_S: int64 (S,) block (of all heads) of each tile; pair_X: (S * R,) pair at each place,
-    -1 for none; place_P: (P,) place of each pair, -1 for an invalid one."""
+    -1 for none; place_P: (P,) place of each pair. The last tile is empty: there stand the invalid
+    pairs, which see nothing."""
 
     block_S: Tensor
     pair_X: Tensor
     place_P: Tensor
 
 
-def _cut(inverse: InverseIndex, rows: int) -> _PairTiles:
+def cut(inverse: InverseIndex, rows: int) -> PairTiles:
     """Tiles of ``rows`` pairs of one block each; a block's last tile may have places to spare."""
     offset_Z, count_Z = inverse.offset_Z1[:-1], inverse.offset_Z1.diff()
     tiles_Z = (count_Z + rows - 1) // rows
@@ -69,34 +76,78 @@ def _cut(inverse: InverseIndex, rows: int) -> _PairTiles:
     blocks_Z = torch.arange(len(count_Z), device=device)
     block_S = blocks_Z.repeat_interleave(tiles_Z, output_size=num_tiles)
     block_V = blocks_Z.repeat_interleave(count_Z, output_size=num_valid)
-    if not num_tiles:  # nobody chose anything: one empty tile keeps the shapes going
-        num_tiles, block_S = 1, blocks_Z[:1]
     rank_V = torch.arange(num_valid, device=device) - offset_Z[block_V]
     place_V = first_Z[block_V] * rows + rank_V
     pair_V = inverse.pair_P[:num_valid]
-    pair_X = place_V.new_full((num_tiles * rows,), -1)
-    place_P = place_V.new_full((len(inverse.pair_P),), -1)
+    pair_X = place_V.new_full(((num_tiles + 1) * rows,), -1)
+    place_P = place_V.new_full((len(inverse.pair_P),), num_tiles * rows)
     pair_X[place_V], place_P[pair_V] = pair_V, place_V
-    return _PairTiles(block_S, pair_X, place_P)
+    return PairTiles(torch.cat([block_S, blocks_Z[:1]]), pair_X, place_P)
 
 
 def _head_blocks(x_NKD: Tensor, cover: Cover) -> Tensor:
     """Keys or values by head and block: (Z, L, D)."""
-    x_XKD = Take.apply(x_NKD, cover.blocks.row_ML.flatten(), cover.slot_N[:, None])
+    x_XKD = Take.apply(x_NKD, cover.blocks.row_ML.flatten(), cover.slot_N)
     x_JLKD = x_XKD.unflatten(0, cover.blocks.row_ML.shape)
     return x_JLKD.permute(2, 0, 1, 3).flatten(0, 1)
 
 
-def merge(out_AnGE: Tensor, lse_AnG: Tensor) -> Tensor:
-    """Softmax attention over the union of n disjoint sets of keys, from each set's own (A, G, E).
+def total_lse(lse_AnG: Tensor) -> Tensor:
+    """Log-sum-exp over a token's n blocks, (A, G); -inf where none has a visible key."""
+    return lse_AnG.logsumexp(dim=1)
 
-    Sets without keys have log-sum-exp -inf; a row of nothing else becomes 0.
+
+class _PairAttention(torch.autograd.Function):
+    """Attention of A = N * K scaled queries (A, G, D), each to the blocks it chose.
+
+    k, v: blocks of all heads, (Z, L, D) and (Z, L, E); visible: bool (S, R, L); block_S: block of
+    each tile; chooser_X: query at each place; place_An: places of each query's pairs.
     """
-    peak_A1G = lse_AnG.detach().amax(dim=1, keepdim=True)
-    peak_A1G = peak_A1G.masked_fill(peak_A1G == -torch.inf, 0)
-    weight_AnG = (lse_AnG - peak_A1G).exp()
-    total_AG = weight_AnG.sum(dim=1).clamp(min=1)  # at least 1 wherever there is a key
-    return (weight_AnG.unsqueeze(-1) * out_AnGE).sum(dim=1) / total_AG.unsqueeze(-1)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_AGD: Tensor,
+        k_ZLD: Tensor,
+        v_ZLE: Tensor,
+        visible_SRL: Tensor,
+        block_S: Tensor,
+        chooser_X: Tensor,
+        place_An: Tensor,
+    ) -> Tensor:
+        q = q_AGD.index_select(0, chooser_X).unflatten(0, visible_SRL.shape[:2])
+        k, v = k_ZLD.index_select(0, block_S), v_ZLE.index_select(0, block_S)
+        weights, peak, total = exponentials(masked_scores(q, k, visible_SRL))
+        lse_XG1 = (peak + total.log()).flatten(0, 1)
+        lse_AnG = lse_XG1.squeeze(-1).index_select(0, place_An.flatten())
+        lse_AG = total_lse(lse_AnG.unflatten(0, place_An.shape))
+        scale_XG1 = normalised(lse_XG1, lse_AG.index_select(0, chooser_X))
+        scale_XG1.div_(total.clamp(min=1).flatten(0, 1))  # at least 1 wherever a key is visible
+        part_XGE = (weights.flatten(1, 2) @ v).unflatten(1, q.shape[1:3]).flatten(0, 1)
+        out_AGE = gather_sum(part_XGE.mul_(scale_XG1), place_An)
+        ctx.save_for_backward(
+            q_AGD, k_ZLD, v_ZLE, visible_SRL, block_S, chooser_X, place_An, out_AGE, lse_AG
+        )
+        return out_AGE
+
+    @staticmethod
+    def backward(ctx: Any, grad_AGE: Tensor):
+        q_AGD, k_ZLD, v_ZLE, visible_SRL, block_S, chooser_X, place_An, *results = ctx.saved_tensors
+        out_AGE, lse_AG = results
+        delta_AG = (grad_AGE * out_AGE).sum(dim=-1)
+        q, grad_out, delta, lse = (
+            t.index_select(0, chooser_X).unflatten(0, visible_SRL.shape[:2])
+            for t in (q_AGD, grad_AGE, delta_AG, lse_AG)
+        )
+        k, v = k_ZLD.index_select(0, block_S), v_ZLE.index_select(0, block_S)
+        weights = normalised(masked_scores(q, k, visible_SRL), lse)
+        grad_q, grad_k, grad_v = attention_adjoint(grad_out, q, k, v, weights, delta)
+        return (
+            gather_sum(grad_q.flatten(0, 1), place_An),
+            torch.zeros_like(k_ZLD).index_add_(0, block_S, grad_k),
+            torch.zeros_like(v_ZLE).index_add_(0, block_S, grad_v),
+            *(None,) * 4,
+        )
 
 
 def selected_attention(
@@ -122,24 +173,20 @@ def selected_attention(
     kv_heads, count = index_NKn.shape[1:]
     groups = num_heads // kv_heads
     dtype, cover = wide_dtype(q_NHD.dtype), layout.selectable
-    tiles = _cut(invert_index(index_NKn, layout), max(1, tile // groups))
-    num_tiles = len(tiles.block_S)
-
-    chooser_X = tiles.pair_X.clamp(min=0) // count  # row of (N * K)
-    place_An = tiles.place_P.view(num_tokens * kv_heads, count)
-    q_AGD = q_NHD.to(dtype).reshape(num_tokens * kv_heads, groups, -1)
-    q_SRGD = Take.apply(q_AGD, chooser_X, place_An).unflatten(0, (num_tiles, -1))
-    k_SLD, v_SLE = (
-        _head_blocks(t.to(dtype), cover).index_select(0, tiles.block_S) for t in (k_NKD, v_NKE)
-    )
+    tiles = cut(invert_index(index_NKn, layout), max(1, tile // groups))
+    chooser_X = tiles.pair_X.clamp(min=0) // count  # token and head: row of (N * K)
     time_SL = cover.blocks.time_ML[tiles.block_S % len(cover.blocks.doc_M)]
-    end_X = layout.end_N[chooser_X // kv_heads].masked_fill(tiles.pair_X < 0, -1)
-    visible_SRL = token_visible(end_X.view(num_tiles, -1, 1), time_SL[:, None, :])
-
+    end_X = layout.end_N[chooser_X // kv_heads]
+    visible_SRL = token_visible(end_X.view(len(time_SL), -1, 1), time_SL[:, None, :])
+    visible_SRL = visible_SRL & (tiles.pair_X >= 0).view(len(time_SL), -1, 1)
     with full_precision(q_NHD):
-        out_SRGE, lse_SRG, _ = tile_attention(q_SRGD, k_SLD, v_SLE, visible_SRL)
-    back = (place_An.clamp(min=0).flatten(), tiles.pair_X[:, None])
-    out_AnGE = Take.apply(out_SRGE.flatten(0, 1), *back).unflatten(0, (-1, count))
-    lse_AnG = Take.apply(lse_SRG.flatten(0, 1), *back).unflatten(0, (-1, count))
-    lse_AnG = lse_AnG.masked_fill((place_An < 0).unsqueeze(-1), -torch.inf)
-    return merge(out_AnGE, lse_AnG).reshape(num_tokens, num_heads, -1).to(q_NHD.dtype)
+        out_AGE = _PairAttention.apply(
+            scaled(q_NHD).reshape(num_tokens * kv_heads, groups, -1),
+            _head_blocks(k_NKD.to(dtype), cover),
+            _head_blocks(v_NKE.to(dtype), cover),
+            visible_SRL,
+            tiles.block_S,
+            chooser_X,
+            tiles.place_P.view(num_tokens * kv_heads, count),
+        )
+    return out_AGE.reshape(num_tokens, num_heads, -1).to(q_NHD.dtype)

@@ -8,7 +8,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from tiny_onn_kernels.nsa.layout import NsaLayout
-from tiny_onn_kernels.nsa.tile_attention import attend_in_tiles, full_precision, wide_dtype
+from tiny_onn_kernels.nsa.tile_attention import (
+    attend_in_tiles,
+    full_precision,
+    scaled,
+    wide_dtype,
+)
 
 
 def window_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, layout: NsaLayout) -> Tensor:
@@ -21,7 +26,7 @@ def window_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, layout: NsaLay
     row_SC, visible_SRC = layout.window_keys
     with full_precision(q_NHD):
         out_NHE, _ = attend_in_tiles(
-            q_NHD.to(dtype),
+            scaled(q_NHD),
             k_NKD.to(dtype),
             v_NKE.to(dtype),
             layout.tiles,

@@ -95,10 +95,10 @@ MUTATIONS = {
             g[..., None] * x for g, x in zip(gate.unbind(-1), (b, a, c), strict=True)
         ),
     ),
-    "log-sum-exp ignored in the merge": (
+    "blocks merged by the largest log-sum-exp": (
         selected,
-        "merge",
-        lambda out, lse: out.sum(1) / lse.isfinite().sum(1).clamp(min=1)[..., None],
+        "total_lse",
+        lambda lse: lse.amax(dim=1),
     ),
 }
 
