@@ -15,11 +15,15 @@ from torch import Tensor
 
 from tiny_onn.errors import BackendUnavailable
 from tiny_onn_kernels.moe import reference as moe_reference
+from tiny_onn_kernels.nsa import reference as nsa_reference
 
 log = logging.getLogger("tiny_onn")
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
 EXPERT_BACKENDS = ("loop", "grouped_mm")
+
+nsa = nsa_reference
+"""NSA's branches: the PyTorch implementation, on every device (there is no other yet)."""
 
 
 def _has_torch_varlen() -> bool:

@@ -13,6 +13,7 @@ from tiny_onn.config.schema import (
     DeepEmbedConfig,
     ModelConfig,
     MoeConfig,
+    NsaConfig,
     OptimConfig,
     ResetConfig,
     SubmitConfig,
@@ -20,6 +21,9 @@ from tiny_onn.config.schema import (
 from tiny_onn.errors import UserError
 
 VOCAB_SIZE = 14
+
+NUM_FORCED_BLOCKS = 3
+"""Blocks that NSA always reads: the document's first, the token's own, the one before it."""
 
 EXCLUSIVE = {
     "budget": ("minutes", "epochs", "steps"),
@@ -65,6 +69,11 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "model.deep_embed.rank": _AT_LEAST_0,
     "model.deep_embed.task_rank": _AT_LEAST_1,
     "model.deep_embed.mix_rank": _AT_LEAST_1,
+    "nsa.block": _AT_LEAST_1,
+    "nsa.stride": _AT_LEAST_1,
+    "nsa.select_block": _AT_LEAST_1,
+    "nsa.select_count": _AT_LEAST_1,
+    "nsa.window": _AT_LEAST_1,
     "optim.muon_lr": _ABOVE_0,
     "optim.adamw_lr": _ABOVE_0,
     "optim.table_lr": _ABOVE_0,
@@ -111,7 +120,13 @@ def check_ranges(values: Mapping[str, Any]) -> None:
 
 def _check_group(
     group: str,
-    settings: BudgetConfig | DeepEmbedConfig | ModelConfig | MoeConfig | OptimConfig | ResetConfig,
+    settings: BudgetConfig
+    | DeepEmbedConfig
+    | ModelConfig
+    | MoeConfig
+    | NsaConfig
+    | OptimConfig
+    | ResetConfig,
 ) -> None:
     check_ranges({f"{group}.{name}": value for name, value in asdict(settings).items()})
 
@@ -251,6 +266,29 @@ def check_reset(reset: ResetConfig, moe: MoeConfig) -> None:
         )
 
 
+def check_nsa(nsa: NsaConfig) -> None:
+    """Numbers in their ranges; blocks that fit the stride, and room for the forced ones.
+
+    Raises:
+        UserError: a number out of range, a stride that does not divide a block, too few blocks.
+    """
+    _check_group("nsa", nsa)
+    for name in ("block", "select_block"):
+        length = getattr(nsa, name)
+        if length % nsa.stride:
+            fitting = -(-length // nsa.stride) * nsa.stride
+            raise UserError(
+                f"got nsa.{name}={length} with nsa.stride={nsa.stride}; expected a multiple of the "
+                f"stride; use nsa.{name}={fitting}, or another stride"
+            )
+    if nsa.select_count < NUM_FORCED_BLOCKS:
+        raise UserError(
+            f"got nsa.select_count={nsa.select_count}; expected at least {NUM_FORCED_BLOCKS} (the "
+            "document's first block, the token's own and the one before it are always read); use "
+            f"nsa.select_count={NUM_FORCED_BLOCKS} or more"
+        )
+
+
 def check_budget(budget: BudgetConfig) -> None:
     """Exactly one budget, in its range.
 
@@ -293,6 +331,7 @@ def check_train(config: Config) -> None:
     check_model(config.model)
     check_moe(config.moe, config.model)
     check_reset(config.reset, config.moe)
+    check_nsa(config.nsa)
     check_budget(config.budget)
     check_schedule(config.optim)
     _check_row_files(config)

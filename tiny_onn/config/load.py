@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tiny_onn.config.check import (
     check_model,
     check_moe,
+    check_nsa,
     check_ranges,
     check_submit,
     check_train,
@@ -148,6 +149,7 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
     config = _build(Config, keys, [Layer(values, origin)])
     check_model(config.model)
     check_moe(config.moe, config.model)
+    check_nsa(config.nsa)
     return config
 
 

@@ -69,7 +69,9 @@ class ModelConfig:
     mask: Literal["prefix", "causal"] = key(
         "prefix", "prefix: the query grid sees itself both ways, the output is causal"
     )
-    attention: Literal["full"] = key("full", "attention module")
+    attention: Literal["full", "nsa"] = key(
+        "full", "attention module: full, or Native Sparse Attention (nsa.*)"
+    )
     ffn: Literal["dense", "dynmoe"] = key("dense", "FFN module: SwiGLU, or its experts (moe.*)")
     qk_norm: bool = key(True, "RMSNorm on queries and keys")
     rope_base: float = key(100.0, "base of the 3D rotary frequencies")
@@ -109,6 +111,20 @@ class ResetConfig:
     max_experts: int = key(2, "experts of a block reborn at once, at most")
     warmup_steps: int = key(50, "steps over which a reborn expert's learning rate rises")
     until_share: float = key(0.7, "share of the budget after which nothing is reborn")
+
+
+@dataclass(frozen=True)
+class NsaConfig:
+    """Native Sparse Attention: read where model.attention=nsa."""
+
+    block: int = key(32, "tokens that a compressed key stands for (l)")
+    stride: int = key(16, "tokens between compressed keys (d); divides both block lengths")
+    select_block: int = key(32, "tokens of a block that is chosen and read in full (l')")
+    select_count: int = key(8, "blocks a token reads in full, the 3 forced ones included (n)")
+    window: int = key(128, "keys of the sliding window (w)")
+    kv: Literal["shared", "per_branch"] = key(
+        "shared", "one key and value a token for all branches, or one for each as in the paper"
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +208,7 @@ class Config:
     resume: bool = key(True, "go on from the run folder's resume checkpoint if there is one")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    nsa: NsaConfig = field(default_factory=NsaConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     reset: ResetConfig = field(default_factory=ResetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

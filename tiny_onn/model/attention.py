@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.model.kv_cache import KVCache
+from tiny_onn.model.nsa_plan import NsaPlan
 from tiny_onn.model.packed_attention import Attend
 from tiny_onn.model.rope import rotate
 
@@ -19,17 +20,31 @@ from tiny_onn.model.rope import rotate
 class AttentionContext:
     """What all blocks share in one forward: rotations and how to attend.
 
-    Packed forward: ``attend`` is set; with ``cache`` too it also fills the cache (prefill).
-    Decoding step: ``attend`` is None, ``bias_B11T`` hides keys of the cache.
+    Packed forward: ``attend`` is set (for NSA a plan); with ``cache`` too it also fills the cache
+    (prefill). Decoding step: ``attend`` is None, ``bias_B11T`` hides keys of the cache.
     """
 
     cos: Tensor
     sin: Tensor
-    attend: Attend | None = None
+    attend: Attend | NsaPlan | None = None
     cache: KVCache | None = None
     doc_N: Tensor | None = None
     column_N: Tensor | None = None
     bias_B11T: Tensor | None = None
+
+
+def attend_cached(
+    q_BHD: Tensor, keys_BKTD: Tensor, values_BKTD: Tensor, bias_B11T: Tensor
+) -> Tensor:
+    """Full attention of one query a row to its cached keys: (B, H, D)."""
+    out_BH1D = F.scaled_dot_product_attention(
+        q_BHD.unsqueeze(2).to(keys_BKTD.dtype),
+        keys_BKTD,
+        values_BKTD,
+        attn_mask=bias_B11T,
+        enable_gqa=q_BHD.shape[1] != keys_BKTD.shape[1],
+    )
+    return out_BH1D.squeeze(2)
 
 
 class FullAttention(nn.Module):
@@ -64,11 +79,4 @@ class FullAttention(nn.Module):
                 context.cache.fill(k_NKD, v_NKD, context.doc_N, context.column_N)
             return context.attend(q_NHD, k_NKD, v_NKD)
         keys, values = context.cache.append(k_NKD, v_NKD)
-        out_BH1D = F.scaled_dot_product_attention(
-            q_NHD.unsqueeze(2).to(keys.dtype),
-            keys,
-            values,
-            attn_mask=context.bias_B11T,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return out_BH1D.squeeze(2)
+        return attend_cached(q_NHD, keys, values, context.bias_B11T)

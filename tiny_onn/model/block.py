@@ -10,6 +10,7 @@ from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.deep_embed import DeltaOf, InputMix, scale
 from tiny_onn.model.dyn_moe import DynMoE, RoutingLog
 from tiny_onn.model.ffn import SwiGLU
+from tiny_onn.model.nsa import NativeSparseAttention
 
 
 class TaskFilm(nn.Module):
@@ -51,7 +52,7 @@ class Block(nn.Module):
     def __init__(
         self,
         width: int,
-        attention: FullAttention,
+        attention: FullAttention | NativeSparseAttention,
         ffn: SwiGLU | DynMoE,
         film: bool,
         dropout: float,
@@ -77,8 +78,8 @@ class Block(nn.Module):
 
     def enter(
         self, x_NC: Tensor, film_B2C: Tensor | None, doc_N: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the normalised, modulated input."""
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys, values (and gates) of the normalised, modulated input."""
         return self.attention.project(
             modulate(self.attention_norm(x_NC), film_B2C, doc_N), cos, sin
         )
@@ -145,8 +146,8 @@ class Block(nn.Module):
         experts did is added to ``routing`` where that is given.
         """
         films = (None, None) if self.film is None else self.film(task_BC)
-        q_NHD, k_NKD, v_NKD = self.enter(x_NC, films[0], doc_N, context.cos, context.sin)
-        attended_NHD = self.attention.attend(q_NHD, k_NKD, v_NKD, context)
+        projected = self.enter(x_NC, films[0], doc_N, context.cos, context.sin)
+        attended_NHD = self.attention.attend(*projected, context)
         if rows_M is not None:
             x_NC, attended_NHD, doc_N = (
                 t.index_select(0, rows_M) for t in (x_NC, attended_NHD, doc_N)

@@ -46,7 +46,7 @@ class KVCache:
             buffer[doc_N, column_N] = packed
             store.append(buffer.transpose(1, 2).contiguous())
 
-    def start_step(self) -> Tensor:
+    def start_step(self) -> Tensor | None:
         """Begin a decoding step; returns a bias on scores (B, 1, 1, T), -inf for hidden keys.
 
         Additive, because SDPA would turn a boolean mask into such a bias in every layer anew.
@@ -54,6 +54,10 @@ class KVCache:
         Raises:
             IndexError: a row's capacity is used up.
         """
+        self._begin_step()
+        return self._hidden_bias()
+
+    def _begin_step(self) -> None:
         if self.longest >= self.capacity:
             raise IndexError(
                 f"KV cache of {self.capacity} tokens is full; prefill with more max_new_tokens"
@@ -68,6 +72,9 @@ class KVCache:
         num_heads = keys.shape[1]
         head_BK = torch.arange(len(keys) * num_heads, device=keys.device)
         self._slot_BK = head_BK * self._room + self.lengths_B.repeat_interleave(num_heads)
+
+    def _hidden_bias(self) -> Tensor:
+        keys = self.keys[0]
         column_T = torch.arange(self.longest + 1, device=keys.device)
         hidden_BT = column_T[None, :] > self.lengths_B[:, None]
         bias_BT = torch.zeros(hidden_BT.shape, dtype=keys.dtype, device=keys.device)

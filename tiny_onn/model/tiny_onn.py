@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.config.check import check_model, check_moe
-from tiny_onn.config.schema import ModelConfig, MoeConfig
+from tiny_onn.config.check import check_model, check_moe, check_nsa
+from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
 from tiny_onn.model.deep_embed import DeepEmbed, DeltaOf, InputMix
@@ -24,6 +24,9 @@ from tiny_onn.model.embedding import Embedding
 from tiny_onn.model.ffn import SwiGLU
 from tiny_onn.model.flash_varlen import flash_varlen
 from tiny_onn.model.kv_cache import KVCache
+from tiny_onn.model.nsa import NativeSparseAttention
+from tiny_onn.model.nsa_cache import NsaCache
+from tiny_onn.model.nsa_plan import NsaPlan, plan_nsa
 from tiny_onn.model.packed_attention import (
     Attend,
     DocumentSpans,
@@ -50,9 +53,9 @@ class ModelOutput:
 class TinyONN(nn.Module):
     """Packed documents in, next-token logits out. Build it with :func:`build_model`."""
 
-    def __init__(self, config: ModelConfig, num_tasks: int, moe: MoeConfig) -> None:
+    def __init__(self, config: ModelConfig, num_tasks: int, moe: MoeConfig, nsa: NsaConfig) -> None:
         super().__init__()
-        self.config, self.moe = config, moe
+        self.config, self.moe, self.nsa = config, moe, nsa
         self.num_tasks = num_tasks
         self.embedding = Embedding(config.vocab_size, config.width, num_tasks)
         self.rope = Rope3D(config.head_width, config.rope_base)
@@ -61,13 +64,7 @@ class TinyONN(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
-                FullAttention(
-                    config.width,
-                    config.heads,
-                    config.kv_heads,
-                    config.head_width,
-                    config.qk_norm,
-                ),
+                self._attention(),
                 self._ffn(layer),
                 film=config.task_modulation == "film",
                 dropout=config.dropout,
@@ -94,13 +91,21 @@ class TinyONN(nn.Module):
         """The blocks' FFNs that have experts, first to last."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, DynMoE)]
 
+    def _attention(self) -> FullAttention | NativeSparseAttention:
+        config = self.config
+        sizes = (config.width, config.heads, config.kv_heads, config.head_width)
+        if config.attention == "nsa":
+            return NativeSparseAttention(*sizes, config.qk_norm, self.nsa)
+        return FullAttention(*sizes, config.qk_norm)
+
     def _initialise(self) -> None:
         """Normal weights of variance 1/fan_in; residual outputs shrunk by the depth."""
         depth = 2 * self.config.layers * self.config.loops
         for name, parameter in self.named_parameters():
             if not name.startswith("blocks.") or parameter.dim() < 2 or "film" in name:
                 continue
-            if ".gate." in name or ".mix." in name:  # they start in ways of their own
+            # Gates, phi and mix start in ways of their own.
+            if any(part in name for part in (".gate.", ".compress_", ".mix.")):
                 continue
             std = parameter.shape[-1] ** -0.5
             if name.endswith(("attention.out.weight", "ffn.down.weight", "experts.down")):
@@ -127,19 +132,23 @@ class TinyONN(nn.Module):
                 layer.experts.backend = chosen
         return self
 
-    def plan_attention(self, batch: Any) -> Attend:
+    def plan_attention(self, batch: Any) -> Attend | NsaPlan:
         """How this batch's documents attend, by the chosen back-end (filler rows do not)."""
-        attend = self._plan_documents(batch.layout)
-        num_tokens = sum(batch.layout.lengths)
+        spans = self._spans(batch.layout)
+        num_tokens = sum(spans.lengths)
         filler = len(batch.tokens_N) - num_tokens
+        if self.config.attention == "nsa":
+            return plan_nsa(spans, self.nsa, self._plan_documents, filler)
+        attend = self._plan_documents(spans)
         return beside_filler(attend, num_tokens, filler) if filler else attend
 
-    def _plan_documents(self, layout: Any) -> Attend:
+    def _spans(self, layout: Any) -> DocumentSpans:
         causal = self.config.mask == "causal"
         prefix_lens_B = torch.zeros_like(layout.prefix_lens) if causal else layout.prefix_lens
-        lengths = layout.lengths
-        prefixes = (0,) * len(lengths) if causal else layout.prefixes
-        spans = DocumentSpans(layout.cu_seqlens, prefix_lens_B, lengths, prefixes)
+        prefixes = (0,) * len(layout.lengths) if causal else layout.prefixes
+        return DocumentSpans(layout.cu_seqlens, prefix_lens_B, layout.lengths, prefixes)
+
+    def _plan_documents(self, spans: DocumentSpans) -> Attend:
         if self.attention_backend == "reference":
             return plan_reference(spans)
         if self.attention_backend == "sdpa":
@@ -225,11 +234,15 @@ class TinyONN(nn.Module):
 
         The cache has room for ``max_new_tokens`` more tokens of every document.
         """
-        lengths_B = batch.layout.cu_seqlens.diff().long()
-        longest = batch.layout.max_seqlen
-        cache = KVCache(lengths_B, longest, longest + max_new_tokens)
+        layout = batch.layout
+        lengths_B = layout.cu_seqlens.diff().long()
+        capacity = layout.max_seqlen + max_new_tokens
+        if self.config.attention == "nsa":
+            cache = NsaCache(layout.lengths, lengths_B, capacity, self.nsa)
+        else:
+            cache = KVCache(lengths_B, layout.max_seqlen, capacity)
         cache.task_B, cache.view_B = batch.task_B, batch.view_B
-        last_B = batch.layout.cu_seqlens[1:].long() - 1
+        last_B = layout.cu_seqlens[1:].long() - 1
         return self.logits(self.hidden(batch, last_B, cache)), cache
 
     @torch.no_grad()
@@ -254,15 +267,22 @@ def _columns(layout: Any) -> Tensor:
     return torch.arange(len(layout.doc_N), device=begin_B.device) - begin_B[layout.doc_N]
 
 
-def build_model(config: ModelConfig, num_tasks: int, moe: MoeConfig | None = None) -> TinyONN:
+def build_model(
+    config: ModelConfig,
+    num_tasks: int,
+    moe: MoeConfig | None = None,
+    nsa: NsaConfig | None = None,
+) -> TinyONN:
     """The network ``config`` describes, with ``num_tasks`` task vectors, on the CPU.
 
-    ``moe`` describes the experts, where ``config.ffn`` is dynmoe.
+    ``moe`` describes the experts where ``config.ffn`` is dynmoe, ``nsa`` the attention where
+    ``config.attention`` is nsa (None: the defaults).
 
     Raises:
-        UserError: see :func:`tiny_onn.config.check.check_model` and ``check_moe``.
+        UserError: see :func:`tiny_onn.config.check.check_model`, ``check_moe``, ``check_nsa``.
     """
-    moe = moe or MoeConfig()
+    moe, nsa = moe or MoeConfig(), nsa or NsaConfig()
     check_model(config)
     check_moe(moe, config)
-    return TinyONN(config, num_tasks, moe)
+    check_nsa(nsa)
+    return TinyONN(config, num_tasks, moe, nsa)

@@ -122,7 +122,7 @@ class _Run:
         data_hash = corpus.report.corpus_sha256
         restored = self._resume_point(data_hash)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, len(corpus.task_ids), config.moe)
+        model = build_model(config.model, len(corpus.task_ids), config.moe, config.nsa)
         identity = {"config": asdict(config), "data": data_hash}
         budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
         module = Pretrain(model, config.optim, config.moe)
@@ -263,7 +263,9 @@ class _Run:
         weights: dict[str, torch.Tensor],
     ) -> None:
         """Save the trained model (first process only)."""
-        model = build_model(self.config.model, len(corpus.task_ids), self.config.moe)
+        model = build_model(
+            self.config.model, len(corpus.task_ids), self.config.moe, self.config.nsa
+        )
         model.load_state_dict(weights)
         if loop.tables is not None:
             model.deep_embed.open_files(loop.tables.folder)

@@ -1,0 +1,72 @@
+"""The compressed branch: overlapping blocks pooled to one key and value each (equation 7).
+
+Shapes: N tokens, M compressed blocks, L = l tokens of a block, H query heads, K key/value heads,
+D head width, E value width, F hidden width of phi, C most compressed blocks of a document.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiny_onn_kernels.nsa.layout import NsaLayout
+from tiny_onn_kernels.nsa.tile_attention import (
+    attend_in_tiles,
+    full_precision,
+    scaled,
+    wide_dtype,
+)
+
+
+def compress(
+    blocks_MLKD: Tensor, position_L1D: Tensor, inner_FX: Tensor, outer_DF: Tensor
+) -> Tensor:
+    """phi(block): (M, K, D).
+
+    phi(X) = mean(Z) + W_outer gelu(W_inner vec(Z)), Z = X + PE: a two-layer perceptron beside the
+    mean, so that with W_outer = 0 it starts as mean pooling (and is the identity for l = 1,
+    PE = 0). The paper asks for a learnable MLP with intra-block position encoding and says no
+    more. Heads share it.
+
+    Args:
+        blocks_MLKD: un-rotated keys, or values, of every block; any dtype.
+        position_L1D, inner_FX, outer_DF: PE, W_inner (F, L * D), W_outer (D, F).
+    """
+    block_MLKD = blocks_MLKD + position_L1D
+    hidden_MKF = F.gelu(F.linear(block_MLKD.transpose(1, 2).flatten(2), inner_FX))
+    return block_MLKD.mean(dim=1) + F.linear(hidden_MKF, outer_DF)
+
+
+def take_blocks(x_NKD: Tensor, layout: NsaLayout) -> Tensor:
+    """What :func:`compress` pools: (M, L, K, D), M at least 1 (see ``compressed_rows_ML``)."""
+    rows_ML = layout.compressed_rows_ML
+    return x_NKD.index_select(0, rows_ML.flatten()).unflatten(0, rows_ML.shape)
+
+
+def compressed_attention(
+    q_NHD: Tensor, k_MKD: Tensor, v_MKE: Tensor, layout: NsaLayout, want_share: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to the compressed blocks that lie before the query (equations 5, 8 and 10).
+
+    Args:
+        q_NHD: (N, H, D) queries; k_MKD, v_MKE: one key and value for each of
+            ``layout.compressed_rows_ML``, rotated; float16 to float64.
+        want_share: also return p_cmp summed over each group's heads.
+
+    Returns:
+        (N, H, E) in the queries' dtype, exactly 0 for a token that no whole block precedes, and
+        float32 or float64 (N, K, C) without gradient, or None. Peak memory grows as N * C * H.
+    """
+    dtype = wide_dtype(q_NHD.dtype)
+    key_SC, visible_SRC = layout.compressed_keys
+    with full_precision(q_NHD):
+        out_NHE, share_NKC = attend_in_tiles(
+            scaled(q_NHD),
+            k_MKD.to(dtype),
+            v_MKE.to(dtype),
+            layout.compressed_tiles,
+            key_SC,
+            visible_SRC,
+            want_share,
+        )
+    return out_NHE.to(q_NHD.dtype), share_NKC

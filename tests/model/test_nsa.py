@@ -1,0 +1,435 @@
+"""NSA in the network: decoding equals the parallel forward, dispatch, padding, settings (property
+18 and 19 of NSA's list, and the module around the rest)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_onn.arc.packing import fill, pack
+from tiny_onn.arc.task import Pair
+from tiny_onn.arc.tokens import encode_pair
+from tiny_onn.config.load import load_config
+from tiny_onn.config.schema import Config, ModelConfig, NsaConfig, OptimConfig
+from tiny_onn.errors import UserError
+from tiny_onn.losses.language import output_nll
+from tiny_onn.model import nsa as nsa_module
+from tiny_onn.model import tiny_onn
+from tiny_onn.model.checkpoint import load_model, save_checkpoint
+from tiny_onn.model.nsa_plan import NsaPlan, SparseDocuments, plan_nsa
+from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.training.datamodule import prepare
+from tiny_onn.training.optim import build_optimizer
+from tiny_onn_kernels.nsa import decode, select
+
+SMALL = NsaConfig(block=6, stride=3, select_block=3, select_count=4, window=7)
+SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 3))]
+
+VARIANTS = [
+    ({}, {}),
+    ({"mask": "causal"}, {}),
+    ({"kv_heads": 2}, {"kv": "per_branch"}),
+    ({"kv_heads": 1, "loops": 2}, {"window": 1}),
+    ({"qk_norm": False}, {"block": 4, "stride": 4, "select_block": 8, "select_count": 3}),
+    ({}, {"window": 100}),
+    ({"mask": "causal", "kv_heads": 2}, {"kv": "per_branch", "select_count": 40}),
+]
+
+
+def tiny_model(changes=None, nsa=None, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"width": 32, "layers": 2, "heads": 4, "head_width": 8, "ffn_width": 48}
+    config = ModelConfig(**(sizes | {"attention": "nsa"} | (changes or {})))
+    model = build_model(config, 5, nsa=replace(SMALL, **(nsa or {}))).double().eval()
+    for parameter in model.parameters():  # what starts at zero must take part too
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def documents(shapes=SHAPES):
+    rng = np.random.default_rng(0)
+    pairs = [Pair(*(rng.integers(0, 10, s).astype(np.uint8) for s in pair)) for pair in shapes]
+    return [encode_pair(pair, task=i, view=i % 8) for i, pair in enumerate(pairs)]
+
+
+def cut(doc, length):
+    return replace(
+        doc,
+        tokens=doc.tokens[:length],
+        positions=doc.positions[:length],
+        prefix_len=min(doc.prefix_len, length),
+    )
+
+
+def decode_from(model, docs, cuts):
+    """(document, position, logits) of every step after prompts of ``cuts`` tokens, rows leaving
+    when they are done."""
+    batch = pack([cut(doc, n) for doc, n in zip(docs, cuts, strict=True)])
+    logits, cache = model.prefill(batch, max_new_tokens=100)
+    alive = [(i, cuts[i]) for i in batch.order]
+    while alive:
+        yield from ((i, at - 1, row) for (i, at), row in zip(alive, logits, strict=True))
+        rows = [r for r, (i, at) in enumerate(alive) if at < len(docs[i].tokens) - 1]
+        if len(rows) < len(alive):
+            cache.keep(torch.tensor(rows, dtype=torch.long))
+            alive = [alive[r] for r in rows]
+        if not alive:
+            return
+        tokens = torch.tensor([int(docs[i].tokens[at]) for i, at in alive])
+        positions = torch.tensor(np.stack([docs[i].positions[at] for i, at in alive]))
+        logits = model.step(tokens, positions, cache)
+        alive = [(i, at + 1) for i, at in alive]
+
+
+def assert_decoding_is_parallel(model, docs, cuts):
+    with torch.no_grad():
+        parallel = [model(pack([doc])).logits_MV for doc in docs]
+    steps = 0
+    for i, position, logits in decode_from(model, docs, cuts):
+        torch.testing.assert_close(logits, parallel[i][position], rtol=1e-8, atol=1e-8)
+        steps += 1
+    assert steps == sum(len(d.tokens) - n for d, n in zip(docs, cuts, strict=True))
+
+
+@pytest.mark.parametrize(("changes", "nsa"), VARIANTS, ids=str)
+def test_decoding_equals_the_parallel_forward(changes, nsa):
+    docs = documents()
+    assert_decoding_is_parallel(tiny_model(changes, nsa), docs, [d.prefix_len for d in docs])
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 5, 6, 7, 8, 12, 13])
+def test_a_prompt_may_end_anywhere_between_blocks_strides_and_windows(first):
+    model = tiny_model({"mask": "causal", "layers": 1})
+    docs = [documents()[3]] * 3
+    assert_decoding_is_parallel(model, docs, [first, first + 1, first + 20])
+
+
+@pytest.mark.parametrize(("changes", "nsa"), VARIANTS, ids=str)
+def test_packed_equals_one_document_at_a_time(changes, nsa):
+    model, docs = tiny_model(changes, nsa), documents()
+    batch = pack(docs)
+    together = model(batch).logits_MV
+    start = 0
+    for i, length in zip(batch.order, batch.layout.lengths, strict=True):
+        alone = model(pack([docs[i]])).logits_MV
+        torch.testing.assert_close(together[start : start + length], alone)
+        start += length
+
+
+def loss_and_gradients(model, batch):
+    train = prepare(batch, step=0, multiple=1)
+    loss, _ = output_nll(model(train.batch, train.rows_M).logits_MV, train.targets_M)
+    loss.backward()
+    return [loss, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize(("changes", "nsa"), VARIANTS[:4], ids=str)
+def test_filler_rows_change_no_loss_and_no_gradient(changes, nsa):
+    plain = pack(documents())
+    found = []
+    for batch in (plain, fill(plain, 64)):
+        model = tiny_model(changes, nsa)
+        train = prepare(batch, step=0, multiple=1 if batch is plain else 64)
+        loss, _ = output_nll(model(train.batch, train.rows_M).logits_MV, train.targets_M)
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    assert len(fill(plain, 64).tokens_N) > len(plain.tokens_N)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def attention_inputs(model, batch, seed=0):
+    """What the first block's attention takes: projected random states, and the context."""
+    generator = torch.Generator().manual_seed(seed)
+    cos, sin = model.rope(batch.positions_N3)
+    x_NC = torch.randn(batch.num_tokens, 32, generator=generator, dtype=torch.float64)
+    attention = model.blocks[0].attention
+    context = tiny_onn.AttentionContext(cos, sin, attend=model.plan_attention(batch))
+    return attention, attention.project(x_NC, cos, sin), context
+
+
+def test_whatever_stands_in_padding_rows_is_never_read():
+    model, plain = tiny_model({"kv_heads": 2}, {"kv": "per_branch"}), pack(documents())
+    attention, projected, context = attention_inputs(model, plain)
+    want = attention.attend(*projected, context)
+    padded = fill(plain, 64)
+    rows = len(padded.tokens_N) - len(plain.tokens_N)
+    poisoned = [
+        torch.cat([t, t.new_full((rows, *t.shape[1:]), torch.nan)]).detach().requires_grad_()
+        for t in projected
+    ]
+    context.attend = model.plan_attention(padded)
+    got = attention.attend(*poisoned, context)
+    torch.testing.assert_close(got[:-rows], want)
+    assert (got[-rows:] == 0).all()
+    got.square().sum().backward()
+    for tensor in poisoned:
+        assert tensor.grad.isfinite().all() and (tensor.grad[-rows:] == 0).all()
+
+
+@pytest.mark.parametrize("mask", ["prefix", "causal"])
+@pytest.mark.parametrize("nsa", [{}, {"select_count": 40, "window": 100}, {"select_count": 10}])
+def test_dense_dispatch_changes_no_value_and_no_gradient(mask, nsa):
+    model, batch = tiny_model({"mask": mask}, nsa), pack(documents())
+    found = []
+    for dense in (True, False):
+        attention, projected, context = attention_inputs(model, batch)
+        if not dense:
+            layout = context.attend.layout
+            sparse = SparseDocuments(layout, None)
+            context.attend = NsaPlan(layout, 0, sparse, None, None, None, None)
+        leaves = [t.detach().requires_grad_() for t in projected]
+        out = attention.attend(*leaves, context)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_only_documents_that_the_blocks_cover_are_dispatched_densely():
+    model, batch = tiny_model(), pack(documents())
+    lengths = batch.layout.lengths
+    planned = []
+
+    def plan_full(spans):
+        planned.append(spans.lengths)
+        return model._plan_documents(spans)
+
+    plan = plan_nsa(model._spans(batch.layout), SMALL, plan_full)
+    assert planned == [tuple(n for n in lengths if n <= 12)]
+    assert plan.sparse.layout.lengths == tuple(n for n in lengths if n > 12)
+    assert 0 < len(planned[0]) < len(lengths) and plan.window is None
+    planned.clear()
+    plan = plan_nsa(model._spans(batch.layout), replace(SMALL, select_count=99), plan_full)
+    assert planned == [lengths] and plan.sparse is None
+
+
+def test_a_step_reads_compressed_chosen_and_window_keys_only(monkeypatch):
+    model, doc = tiny_model({"mask": "causal"}), documents([((9, 9), (9, 9))])[0]
+    cut_at, reads = 100, []
+
+    def counting(q, k, v, visible, want_share=False):
+        reads.append(k.shape[-2])
+        return right(q, k, v, visible, want_share)
+
+    right = decode.tile_attention
+    monkeypatch.setattr(decode, "tile_attention", counting)
+    steps = list(decode_from(model, [doc], [cut_at]))
+    assert len(steps) > 50
+    for step in range(1, len(steps)):
+        per_layer = reads[6 * (step - 1) : 6 * (step - 1) + 3]
+        compressed = (cut_at + step - SMALL.block) // SMALL.stride + 1
+        assert per_layer == [compressed, SMALL.select_count * SMALL.select_block, SMALL.window]
+
+
+def test_a_step_does_not_look_at_keys_outside_its_choice():
+    model, doc = tiny_model({"mask": "causal", "layers": 1}), documents([((9, 9), (9, 9))])[0]
+    with torch.no_grad():
+        logits = []
+        for poison in (False, True):
+            _, cache = model.prefill(pack([cut(doc, 100)]), 4)
+            if poison:  # blocks of old tokens that this step did not choose
+                chosen = recorded_choice(model, cache, doc)
+                for block in set(range(30)) - chosen:
+                    for store in (cache.keys, cache.values):
+                        store[0][:, :, block * 3 : block * 3 + 3] = torch.nan
+            token = torch.tensor([int(doc.tokens[100])])
+            logits.append(model.step(token, torch.tensor(doc.positions[100:101]), cache))
+    torch.testing.assert_close(*logits)
+
+
+def recorded_choice(model, cache, doc):
+    """Blocks that a step from a copy of this prompt chooses."""
+    chosen = set()
+    right = nsa_module.nsa.choose_blocks
+
+    def record(*args):
+        index = right(*args)
+        chosen.update(index.flatten().tolist())
+        return index
+
+    nsa_module.nsa.choose_blocks = record
+    try:
+        _, other = model.prefill(pack([cut(doc, 100)]), 4)
+        chosen.clear()
+        token = torch.tensor([int(doc.tokens[100])])
+        model.step(token, torch.tensor(doc.positions[100:101]), other)
+    finally:
+        nsa_module.nsa.choose_blocks = right
+    return chosen
+
+
+def test_compressed_keys_are_computed_once_by_the_step_that_completes_a_block(monkeypatch):
+    model = tiny_model({"layers": 1})
+    docs = documents()[2:]
+    blocks = []
+    right = nsa_module.BlockCompressor.forward
+
+    def counting(self, blocks_MLKD):
+        blocks.append(len(blocks_MLKD))
+        return right(self, blocks_MLKD)
+
+    monkeypatch.setattr(nsa_module.BlockCompressor, "forward", counting)
+    batch = pack([cut(d, d.prefix_len) for d in docs])
+    _, cache = model.prefill(batch, 9)
+    blocks.clear()
+    for _ in range(9):
+        done = sum((n + 1 - 6) % 3 == 0 and n + 1 >= 6 for n in cache.lengths)
+        model.step(torch.tensor([3, 4]), torch.tensor([[0, 0, 3], [1, 0, 3]]), cache)
+        assert blocks == ([done, done] if done else [])  # keys, values
+        blocks.clear()
+
+
+@pytest.mark.parametrize("fault", ["window", "blocks", "compressed", "scores"])
+def test_a_fault_in_the_step_alone_is_noticed(fault, monkeypatch):
+    if fault == "window":
+        right = decode.window_bounds
+        monkeypatch.setattr(
+            decode,
+            "window_bounds",
+            lambda t, p, w: ((right(t, p, w)[0] - 1).clamp(min=0), right(t, p, w)[1]),
+        )
+    elif fault == "blocks":
+        monkeypatch.setattr(decode, "token_visible", lambda end, time: time < end)
+    elif fault == "compressed":
+        step = nsa_module.nsa.decode_compressed
+        monkeypatch.setattr(
+            nsa_module.nsa, "decode_compressed", lambda q, k, v, n: step(q, k, v, n - 1)
+        )
+    else:
+        scores = nsa_module.nsa.block_scores
+
+        def shifted(share, *sizes):
+            found = scores(share, *sizes)
+            return found.roll(1, -1) if len(share) == 1 else found  # one row: a step
+
+        monkeypatch.setattr(nsa_module.nsa, "block_scores", shifted)
+    model = tiny_model({"mask": "causal", "layers": 1})
+    with pytest.raises(AssertionError):
+        assert_decoding_is_parallel(model, [documents()[3]], [20])
+
+
+@pytest.mark.parametrize("branch", [0, 1, 2])
+def test_separate_keys_and_values_feed_their_own_branch_only(branch):
+    model, batch = tiny_model({}, {"kv": "per_branch"}), pack(documents()[1:])
+    attention, (q, raw, whole, values, gate), context = attention_inputs(model, batch)
+    leaves = [t.detach().requires_grad_() for t in (raw, whole, values)]
+    hot = torch.zeros_like(gate)
+    hot[..., branch] = 1
+    out = attention.attend(q, *leaves, hot, context)
+    raw_grad, whole_grad, value_grad = torch.autograd.grad(out.square().sum(), leaves)
+    keys = [raw_grad.abs().sum(), *whole_grad.abs().sum((0, 2, 3))]
+    assert [bool(k > 0) for k in keys] == [branch == b for b in range(3)]
+    assert (value_grad.abs().sum((0, 2, 3)) > 0).tolist() == [branch == b for b in range(3)]
+
+
+def test_gates_start_at_one_half_and_phi_as_the_mean():
+    model = build_model(ModelConfig(attention="nsa", width=32, layers=1), 1, nsa=SMALL)
+    attention = model.blocks[0].attention
+    cos, sin = torch.ones(5, 1, 16), torch.zeros(5, 1, 16)
+    assert (attention.project(torch.randn(5, 32), cos, sin)[4] == 0.5).all()
+    blocks = torch.randn(3, 6, 4, 32)
+    position = attention.compress_key.position.mean(0)
+    torch.testing.assert_close(attention.compress_key(blocks), blocks.mean(1) + position)
+
+
+def test_gates_and_choices_can_be_watched():
+    model, batch = tiny_model(), pack(documents())
+    seen = []
+    model.blocks[1].attention.watch = lambda gate, index: seen.append((gate, index))
+    model(batch)
+    ((gate, index),) = seen
+    assert gate.shape == (batch.num_tokens, 4, 3) and index.shape == (batch.num_tokens, 4, 4)
+    assert not gate.requires_grad
+
+
+def test_every_parameter_learns_even_from_documents_shorter_than_a_block():
+    for docs, settings in ((documents(), {}), (documents()[:1], {"block": 30})):
+        model = tiny_model({"kv_heads": 2}, settings).float()
+        optimizer = build_optimizer(model, OptimConfig())
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        loss_and_gradients(model, pack(docs))
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        optimizer.step()
+        phi = [n for n in before if ".compress_" in n and "block" in n]
+        assert phi
+        if not settings:
+            moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+            assert set(phi) <= set(moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_forward_and_decoding_agree_with_float32(dtype):
+    model = tiny_model({"kv_heads": 2}).float()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and name.startswith("blocks."):
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    docs = documents()
+    batch = pack(docs)
+    want = model(batch).logits_MV
+    with torch.autocast("cpu", dtype):
+        got = model(batch).logits_MV
+        steps = list(decode_from(model, docs, [d.prefix_len for d in docs]))
+    assert (got - want).abs().mean() < 0.1 * want.std()
+    assert all(row.isfinite().all() for _, _, row in steps)
+
+
+def test_the_parts_before_and_after_attention_are_traced_whole():
+    model, batch = tiny_model(), pack(documents())
+    want = model(batch).logits_MV
+    for block in model.blocks:
+        for part in ("enter", "leave"):
+            whole = torch.compile(
+                getattr(block, part), dynamic=True, backend="eager", fullgraph=True
+            )
+            setattr(block, part, whole)
+    torch.testing.assert_close(model(batch).logits_MV, want)
+
+
+def test_a_checkpoint_keeps_the_settings(tmp_path):
+    config = Config(
+        out="x",
+        model=ModelConfig(width=32, layers=1, heads=2, kv_heads=1, attention="nsa"),
+        nsa=replace(SMALL, kv="per_branch"),
+    )
+    model = build_model(config.model, 1, nsa=config.nsa)
+    save_checkpoint(tmp_path / "c", model, config, ("a",), {})
+    loaded = load_model(tmp_path / "c")
+    assert loaded.model.nsa == config.nsa
+    batch = pack([replace(documents()[1], task=0)])
+    torch.testing.assert_close(loaded.model(batch).logits_MV, model.eval()(batch).logits_MV)
+
+
+def test_the_switch_and_its_settings_are_read_from_the_command_line():
+    config = load_config(["model.attention=nsa", "nsa.kv=per_branch", "nsa.window=64"])
+    assert config.model.attention == "nsa"
+    assert config.nsa == NsaConfig(kv="per_branch", window=64)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("nsa.stride=12", r"nsa.block=32 with nsa.stride=12; expected a multiple.*nsa.block=36"),
+        ("nsa.select_block=24", r"nsa.select_block=24 with nsa.stride=16.*nsa.select_block=32"),
+        ("nsa.select_count=2", r"nsa.select_count=2; expected at least 3"),
+        ("nsa.window=0", r"nsa.window=0; expected a number at least 1"),
+        ("nsa.kv=both", r"nsa.kv=both.*shared, per_branch"),
+        ("nsa.blok=32", r"unknown key 'nsa.blok'; did you mean nsa.block"),
+    ],
+)
+def test_impossible_settings_are_named_in_one_line(argument, words):
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(["model.attention=nsa", argument])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_library_refuses_impossible_settings_too():
+    with pytest.raises(UserError, match="nsa.stride=5"):
+        build_model(ModelConfig(attention="nsa"), 1, nsa=replace(SMALL, stride=5))
+
+
+def test_the_forced_blocks_are_as_many_as_the_settings_ask_room_for():
+    from tiny_onn.config.check import NUM_FORCED_BLOCKS
+
+    assert NUM_FORCED_BLOCKS == select.NUM_FORCED
