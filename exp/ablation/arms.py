@@ -47,9 +47,7 @@ ARMS = {
     "deepembed-token": _arm("+DeepEmbed(token)", keys="token"),
     "all": _arm("all", *_ALL),
     "all-no-reset": _arm("all, reset off", *_ALL, "reset.window_steps=0"),
-    "all-no-sdl": _arm(
-        "all, SDL off", *_ALL, "moe.sparsity_weight=0", "moe.diversity_weight=0"
-    ),
+    "all-no-sdl": _arm("all, SDL off", *_ALL, "moe.sparsity_weight=0", "moe.diversity_weight=0"),
 }
 """In the order of the table. Sizes (experts, blocks, forms) are the preset's."""
 
@@ -186,9 +184,7 @@ def check_overrides(words: list[str], tag: str) -> None:
             "give --tag NAME key=value"
         )
     if tag and not re.fullmatch(r"[A-Za-z0-9.-]{1,40}", tag):
-        raise UserError(
-            f"got --tag {tag}; expected letters, digits, points and hyphens; change it"
-        )
+        raise UserError(f"got --tag {tag}; expected letters, digits, points and hyphens; change it")
     for word in words:
         key = word.partition("=")[0]
         if any(key == own or key.startswith(f"{own}.") for own in OWN_KEYS):

@@ -15,7 +15,7 @@ and, of the same width and about the same number of active parameters a token, b
 - dense FFN: SwiGLU as wide as the mean number of active experts together.
 
 The first four and the layer are checked against float64 einsums, outputs and gradients, before
-anything is timed. Ratios are of medians' rounds within one run: above 1, ours is faster.
+anything is timed. Ratios are taken round by round within one run: above 1, ours is faster.
 
 Shapes: N tokens, E experts, C width, F hidden width of an expert, H = 2 F.
 """

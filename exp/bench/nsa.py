@@ -77,9 +77,7 @@ class Attention:
         place_N = torch.arange(length, device=device)
         positions_N3 = torch.stack([place_N % 31, place_N // 31 % 31, place_N * 0 + 1], dim=1)
         cos, sin = Rope3D(HEAD_WIDTH, 100.0).to(device)(positions_N3)
-        self.context = AttentionContext(
-            cos, sin, attend=plan_nsa(spans, self.settings, plan_sdpa)
-        )
+        self.context = AttentionContext(cos, sin, attend=plan_nsa(spans, self.settings, plan_sdpa))
         self.device = device
         phi = [p for n, p in self.module.named_parameters() if n.startswith("compress")]
         self.leaves = {

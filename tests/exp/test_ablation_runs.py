@@ -97,9 +97,7 @@ def test_stopping_says_what_is_kept(ablation, runs, settings, monkeypatch, capsy
     with pytest.raises(KeyboardInterrupt):
         ablation.run_all(runs, [], again=False)
     said = capsys.readouterr().out.splitlines()[-1]
-    assert said == (
-        "stopped in run 3 of 4; finished results are kept; the same command goes on"
-    )
+    assert said == "stopped in run 3 of 4; finished results are kept; the same command goes on"
 
 
 def test_impossible_settings_end_it_before_any_run(ablation, runs, monkeypatch):
@@ -120,9 +118,7 @@ def test_every_arm_is_a_configuration_that_training_takes(ablation):
 
 
 def fake_training(folder, body):
-    (folder / "train.py").write_text(
-        "import pathlib, signal, sys, time\n" + body, encoding="utf-8"
-    )
+    (folder / "train.py").write_text("import pathlib, signal, sys, time\n" + body, encoding="utf-8")
 
 
 def test_training_gets_its_words_and_its_status_comes_back(ablation, tmp_path):
