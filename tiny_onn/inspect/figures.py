@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -31,8 +31,8 @@ PALETTE = (
 DOTS_PER_INCH = 120
 LARGEST_INCHES = 40.0
 QUERIES = 4
-FAINT = 0.12
-"""Strength of a cell that is not read; 1 is the full colour."""
+SMALLEST_CELL = 0.3
+"""Side of a cell that is not read; one that is has 1."""
 
 LABELLED_CELLS = 400
 """Up to so many cells of a heat map carry their number."""
@@ -89,7 +89,7 @@ def draw_load(stats: ExpertStats) -> Figure:
     bars.barh(range(num_layers), active_L, color="#4477aa")
     for row, (active, none) in enumerate(zip(active_L, stats.none_share_L(), strict=True)):
         bars.text(active, row, f" {active:.2f}, none: {100 * none:.1f}%", va="center", size=7)
-    bars.set_xlim(0, 1.6 * max(active_L.max(), 0.1))
+    bars.set_xlim(0, 1.9 * max(active_L.max(), 0.1))
     bars.set_ylim(num_layers - 0.5, -0.5)  # the bars have rescaled the axis that both share
     bars.set_title("mean active experts")
     return figure
@@ -133,14 +133,15 @@ def draw_gates(stats: GateStats) -> Figure:
         panel.set_xlabel("layer")
     panels[0].set_ylim(0, 1)
     panels[0].set_ylabel("gate (median; 10% to 90%)")
-    panels[1].legend()
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(BRANCHES))
     return figure
 
 
 def draw_choice(choice: Choice, title: str) -> Figure:
     """Which cells some output cells read through the selected branch, a row an attention call.
 
-    Full colour: in a block that all groups chose; faint: read by none of them. Newlines belong
+    Full squares: in a block that all groups chose; small ones: read by none of them. Newlines belong
     to blocks too and are not shown.
     """
     canvas = lay_out_grids(choice.tokens_T, choice.positions_T3)
@@ -162,21 +163,22 @@ def draw_choice(choice: Choice, title: str) -> Figure:
 def _draw_grids(
     panel: Axes, canvas: Canvas, tokens_T: np.ndarray, share_T: np.ndarray, query: int
 ) -> None:
-    """One canvas with cells as strong as they are read; the query framed."""
-    colors = np.array([to_rgb(color) for color in PALETTE])
-    cells_HW = canvas.token_HW
-    image_HW3 = np.ones((*cells_HW.shape, 3))
-    real_HW = cells_HW >= 0
-    strength = FAINT + (1 - FAINT) * share_T[cells_HW[real_HW]]
-    full = colors[tokens_T[cells_HW[real_HW]]]
-    image_HW3[real_HW] = 1 - strength[:, None] * (1 - full)
-    panel.imshow(image_HW3, interpolation="nearest")
+    """One canvas; cells are as large as they are read, the query is framed."""
     for left, top, width, height in canvas.boxes:
-        box = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor="#777777")
-        panel.add_patch(box)
+        place = (left - 0.5, top - 0.5)
+        panel.add_patch(Rectangle(place, width, height, facecolor="#eeeeee", edgecolor="#777777"))
+    cells, colors = [], []
+    for (line, column), token in np.ndenumerate(canvas.token_HW):
+        if token >= 0:
+            side = SMALLEST_CELL + (1 - SMALLEST_CELL) * share_T[token]
+            cells.append(Rectangle((column - side / 2, line - side / 2), side, side))
+            colors.append(PALETTE[tokens_T[token]])
+    panel.add_collection(PatchCollection(cells, facecolors=colors, linewidths=0))
     column, line = canvas.place(query)
     frame = Rectangle((column - 0.5, line - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2)
     panel.add_patch(frame)
+    height, width = canvas.token_HW.shape
+    panel.set(xlim=(-0.7, width - 0.3), ylim=(height - 0.3, -0.7), aspect="equal")
     panel.set_xticks([])
     panel.set_yticks([])
     for side in panel.spines.values():
