@@ -1,5 +1,6 @@
 # make demo: train, predict, submit and score on two CPU cores in ten minutes (after the set-up)
 # make test: linter and the whole suite      make bench: speed      make race: nano219, three seeds
+# make ablation: what each sparse part buys (4 hours; goes on where it was stopped)
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -8,7 +9,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: setup demo test lint bench race
+.PHONY: setup demo test lint bench race ablation
 
 setup: $(STAMP)
 
@@ -49,3 +50,6 @@ bench: setup
 
 race: setup
 	for seed in 0 1 2; do $(RUN) exp/race/nano219.py --seed $$seed || exit 1; done
+
+ablation: setup
+	$(RUN) exp/ablation/sparse_parts.py

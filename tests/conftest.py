@@ -1,5 +1,6 @@
 """Every test: OpenMP threads sleep while they wait; GPU tests are skipped where there is none."""
 
+import json
 import os
 
 # Read when torch is first imported: spinning threads of two processes slow each other tenfold.
@@ -18,3 +19,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    """``small_checkpoint(folder)``: an untrained dense network of two small tasks, saved there."""
+    import numpy as np
+
+    from tiny_onn.arc.corpus import build_corpus
+    from tiny_onn.config.schema import Config, DataConfig, ModelConfig
+    from tiny_onn.model.checkpoint import load_model, save_checkpoint
+    from tiny_onn.model.tiny_onn import build_model
+
+    def build(folder):
+        tasks = tmp_path / "small_tasks"
+        tasks.mkdir(exist_ok=True)
+        for name, width in (("aaaa0001", 2), ("aaaa0002", 3)):
+            grids = [np.eye(2, width, dtype=int) * n for n in range(1, 5)]
+            grids[2] = np.eye(3, 4, dtype=int)  # the longest one
+            pairs = [{"input": g.tolist(), "output": g[::-1].tolist()} for g in grids]
+            task = {"train": pairs[:3], "test": pairs[3:]}
+            (tasks / f"{name}.json").write_text(json.dumps(task))
+        data = DataConfig(sources=[], extra_dirs=[str(tasks)], holdout="train_tests")
+        sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_width": 8}
+        config = Config(out="run", data=data, model=ModelConfig(**sizes, ffn_width=24))
+        corpus = build_corpus(data)
+        model = build_model(config.model, len(corpus.task_ids))
+        save_checkpoint(folder, model, config, corpus.task_ids, {})
+        return load_model(folder)
+
+    return build

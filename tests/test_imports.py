@@ -44,6 +44,17 @@ TABLE: dict[str, tuple[str, ...]] = {
         "tiny_onn.clock",
         *LEAVES,
     ),
+    "tiny_onn/inspect/": (
+        "torch",
+        "numpy",
+        "tiny_onn.inspect",
+        "tiny_onn.inference.excursion",
+        "tiny_onn.inference.prompt",
+        "tiny_onn.model",
+        "tiny_onn.arc",
+        "tiny_onn.config",
+        *LEAVES,
+    ),
     "tiny_onn/training/": ("torch", "numpy", "lightning", "tiny_onn"),
     "kernels/": ("torch", "tiny_onn_kernels"),
     "train.py": ("tiny_onn",),
@@ -58,6 +69,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "tiny_onn/arc/dataset.py": ("torch",),
     "tiny_onn/model/checkpoint.py": ("safetensors",),
     "tiny_onn/model/flash_varlen.py": ("flash_attn",),
+    "tiny_onn/inspect/figures.py": ("matplotlib",),
 }
 """What single files may import beyond their folder's row."""
 
@@ -137,6 +149,7 @@ def test_lightning_is_imported_in_training_only_and_flash_attn_in_one_file():
     assert all(file.startswith("tiny_onn/training/") for file in importers("lightning"))
     assert importers("flash_attn") == ["tiny_onn/model/flash_varlen.py"]
     assert importers("omegaconf") == ["tiny_onn/config/load.py"]
+    assert importers("matplotlib") == ["tiny_onn/inspect/figures.py"]
     assert all(file.endswith("/kernel.py") for file in importers("triton"))
 
 

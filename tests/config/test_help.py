@@ -2,10 +2,15 @@ import re
 
 import pytest
 
-from tiny_onn.config.help import submit_help
+from tiny_onn.config.help import inspect_help, submit_help
 from tiny_onn.config.keys import keys_of
-from tiny_onn.config.load import load_submit_config, load_train_config, names_in
-from tiny_onn.config.schema import Config, SubmitConfig
+from tiny_onn.config.load import (
+    load_inspect_config,
+    load_submit_config,
+    load_train_config,
+    names_in,
+)
+from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "help"])
@@ -28,7 +33,11 @@ def test_train_help_describes_every_stage_and_preset_in_one_line(train_text):
 
 
 def test_help_gives_every_key_with_type_default_and_meaning(train_text):
-    for schema, text in ((Config, train_text), (SubmitConfig, submit_help())):
+    for schema, text in (
+        (Config, train_text),
+        (SubmitConfig, submit_help()),
+        (InspectConfig, inspect_help()),
+    ):
         for name, key in keys_of(schema).items():
             found = re.search(rf"^  {re.escape(name)}=(.*)  \((.*)\)\n      (.+)$", text, re.M)
             assert found, name
@@ -52,6 +61,7 @@ def test_the_examples_in_help_are_valid_command_lines(train_text):
     for text, load, script in (
         (train_text, load_train_config, "train.py"),
         (submit_help(), load_submit_config, "submit.py"),
+        (inspect_help(), load_inspect_config, "tiny_onn.inspect"),
     ):
         examples = re.findall(rf"{script} (.*=.*)$", text.partition("examples:")[2], re.MULTILINE)
         assert len(examples) >= 3

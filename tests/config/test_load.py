@@ -16,7 +16,7 @@ from tiny_onn.config.load import (
     load_submit,
     names_in,
 )
-from tiny_onn.config.schema import Config, SubmitConfig
+from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
 from tiny_onn.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -241,7 +241,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_runs(arguments, p
 
 
 def test_every_number_of_the_schema_has_a_range_and_every_range_a_key():
-    keys = keys_of(Config) | keys_of(SubmitConfig)
+    keys = keys_of(Config) | keys_of(SubmitConfig) | keys_of(InspectConfig)
     assert {name for name, key in keys.items() if key.hint in (int, float)} - {
         "model.vocab_size"
     } == set(RANGES)

@@ -11,6 +11,7 @@ from tiny_onn.config.schema import (
     BudgetConfig,
     Config,
     DeepEmbedConfig,
+    InspectConfig,
     ModelConfig,
     MoeConfig,
     NsaConfig,
@@ -100,6 +101,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "trainer.holdout_decode": _AT_LEAST_0,
     "seed": (0, 2**32 - 1, "from 0 to 4294967295"),
     "threads": _AT_LEAST_0,
+    "examples": _AT_LEAST_1,
     "predict.views": _AT_LEAST_1,
     "predict.minutes": _ABOVE_0,
     "predict.batch_tokens": _AT_LEAST_1,
@@ -362,6 +364,16 @@ def check_submit(config: SubmitConfig) -> None:
             "got predict.views=null and predict.minutes=null; expected one of them; "
             "give one, such as predict.views=16"
         )
+
+
+def check_inspect(config: InspectConfig) -> None:
+    """What ``python -m tiny_onn.inspect`` needs beyond types and ranges.
+
+    Raises:
+        UserError: no checkpoint or folder.
+    """
+    check_text("checkpoint", config.checkpoint, "a run folder, such as checkpoint=runs/x")
+    check_text("out", config.out, "a folder, such as out=runs/x/figures")
 
 
 def check_text(name: str, value: str, expected: str) -> None:

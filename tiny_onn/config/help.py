@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tiny_onn.config.keys import Key, keys_of
-from tiny_onn.config.schema import Config, SubmitConfig
+from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
 
 WIDTH = 100
 
@@ -24,6 +24,13 @@ examples:
   python submit.py checkpoint=runs/demo solutions=arc1:evaluation
   python submit.py checkpoint=runs/demo challenges=arc-agi_test_challenges.json out=submission
   python submit.py checkpoint=runs/demo predict.minutes=5
+"""
+
+INSPECT_EXAMPLES = """\
+examples:
+  python -m tiny_onn.inspect checkpoint=runs/demo
+  python -m tiny_onn.inspect checkpoint=runs/demo task=00576224 out=figures
+  python -m tiny_onn.inspect checkpoint=runs/demo examples=2000
 """
 
 
@@ -65,6 +72,25 @@ def submit_help() -> str:
             *_keys(keys_of(SubmitConfig)),
             "",
             SUBMIT_EXAMPLES.rstrip(),
+        ]
+    )
+
+
+def inspect_help() -> str:
+    """Text of ``python -m tiny_onn.inspect --help``."""
+    return "\n".join(
+        [
+            "usage: python -m tiny_onn.inspect checkpoint=RUN [key=value ...]",
+            "",
+            "Draws what the sparse parts of a trained network do, as PNGs: the load of its experts "
+            "by",
+            "layer, which of them fire for which colours and structure tokens, NSA's gates by "
+            "branch,",
+            "and the blocks that it selects over a task's grids. Needs matplotlib (extra plots).",
+            "",
+            *_keys(keys_of(InspectConfig)),
+            "",
+            INSPECT_EXAMPLES.rstrip(),
         ]
     )
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tiny_onn.config.check import (
+    check_inspect,
     check_model,
     check_moe,
     check_nsa,
@@ -24,13 +25,13 @@ from tiny_onn.config.check import (
     check_submit,
     check_train,
 )
-from tiny_onn.config.help import submit_help, train_help
+from tiny_onn.config.help import inspect_help, submit_help, train_help
 from tiny_onn.config.keys import Key, keys_of, suggestion
 from tiny_onn.config.layer import Layer, displaced, flatten, in_origin
-from tiny_onn.config.schema import Config, SubmitConfig
+from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
 from tiny_onn.errors import UserError
 
-AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig)
+AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig, InspectConfig)
 
 _HELP_FLAGS = frozenset({"-h", "--help", "help"})
 
@@ -80,6 +81,17 @@ def load_submit_config(arguments: Sequence[str]) -> SubmitConfig | None:
         print(submit_help())
         return None
     return load_submit(arguments)
+
+
+def load_inspect_config(arguments: Sequence[str]) -> InspectConfig | None:
+    """The same for ``python -m tiny_onn.inspect``."""
+    if _HELP_FLAGS.intersection(arguments):
+        print(inspect_help())
+        return None
+    keys = keys_of(InspectConfig)
+    config = _build(InspectConfig, keys, [_argument_layer(arguments, keys)])
+    check_inspect(config)
+    return config
 
 
 def load_config(arguments: Sequence[str] = ()) -> Config:

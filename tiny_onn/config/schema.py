@@ -238,3 +238,16 @@ class SubmitConfig:
     progress: bool = key(True, "print progress with ETA")
     predict: PredictConfig = field(default_factory=PredictConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """``python -m tiny_onn.inspect``."""
+
+    checkpoint: str = key("???", "run folder of a trained model (runs/x)")
+    task: str | None = key(
+        None, "task whose grids the selected blocks are drawn over; null: the longest pair's"
+    )
+    examples: int = key(256, "pairs of the run's data that the statistics are taken over, at most")
+    out: str = key("${checkpoint}/figures", "folder for the PNGs")
+    threads: int = key(0, "CPU threads (0: torch's default)")

@@ -1,0 +1,194 @@
+"""What is compared, for how long, and what each run is called."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from tiny_onn.config.keys import suggestion
+from tiny_onn.errors import UserError
+
+OWN_KEYS = ("budget", "seed", "out", "resume", "stage", "preset", "data.holdout", "data.track")
+"""Keys and groups that this experiment sets itself."""
+
+HOLDOUT_OUTPUTS = 1000
+"""More than there are: every hold-out output is decoded."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One network. label: what the table calls it; words: key=value for train.py."""
+
+    label: str
+    words: tuple[str, ...]
+
+
+def _arm(
+    label: str, attention: str = "full", ffn: str = "dense", keys: str = "", *more: str
+) -> Arm:
+    """Every switch is set, so that no preset decides what an arm is."""
+    switches = (
+        f"model.attention={attention}",
+        f"model.ffn={ffn}",
+        f"model.deep_embed.keys=[{keys}]",
+    )
+    return Arm(label, (*switches, *more))
+
+
+_ALL = ("nsa", "dynmoe", "token,task")
+
+ARMS = {
+    "dense": _arm("dense"),
+    "nsa": _arm("+NSA", attention="nsa"),
+    "dynmoe": _arm("+DynMoE", ffn="dynmoe"),
+    "deepembed-task": _arm("+DeepEmbed(task)", keys="task"),
+    "deepembed-token": _arm("+DeepEmbed(token)", keys="token"),
+    "all": _arm("all", *_ALL),
+    "all-no-reset": _arm("all, reset off", *_ALL, "reset.window_steps=0"),
+    "all-no-sdl": _arm("all, SDL off", *_ALL, "moe.sparsity_weight=0", "moe.diversity_weight=0"),
+}
+"""In the order of the table. Sizes (experts, blocks, forms) are the preset's."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Either minutes of wall clock or training tokens, the same for every arm."""
+
+    minutes: float | None = None
+    tokens: int | None = None
+
+    @property
+    def name(self) -> str:
+        """ "10min" or "2.5Mtok"; exact, for it names files."""
+        if self.minutes is not None:
+            return f"{self.minutes:g}min"
+        assert self.tokens is not None
+        return f"{self.tokens / 1e6:.6f}".rstrip("0").rstrip(".") + "Mtok"
+
+    def word(self, batch_tokens: int) -> str:
+        """key=value for train.py. Tokens become steps: all arms see the same batches, which are
+        nearly full, so a run trains on a few percent fewer tokens than asked for."""
+        if self.minutes is not None:
+            return f"budget.minutes={self.minutes:g}"
+        assert self.tokens is not None
+        return f"budget.steps={ceil(self.tokens / batch_tokens)}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. tag: names the settings that differ from the preset's ("": none do)."""
+
+    arm: str
+    budget: Budget
+    seed: int
+    tag: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its folder below runs/ablation and of its result file."""
+        return f"{self.arm}{self.tag and '-' + self.tag}_{self.budget.name}_seed{self.seed}"
+
+    @property
+    def label(self) -> str:
+        return label_of(self.arm, self.tag)
+
+    def result_path(self, folder: Path) -> Path:
+        return folder / f"ablation_{self.name}.json"
+
+    def words(self, extra: list[str], batch_tokens: int) -> list[str]:
+        """key=value for train.py. Of equal keys the last one counts."""
+        return [
+            "stage=pretrain",
+            "preset=nano",
+            "data.track=nano",
+            "data.holdout=train_tests",
+            f"trainer.holdout_decode={HOLDOUT_OUTPUTS}",
+            "trainer.tensorboard=false",
+            *ARMS[self.arm].words,
+            *extra,
+            self.budget.word(batch_tokens),
+            f"seed={self.seed}",
+            f"out=runs/ablation/{self.name}",
+        ]
+
+
+def label_of(arm: str, tag: str) -> str:
+    """What the table calls an arm with other settings."""
+    label = ARMS[arm].label if arm in ARMS else arm
+    return f"{label} ({tag})" if tag else label
+
+
+def choose_arms(text: str) -> list[str]:
+    """ "dense,nsa" -> ["dense", "nsa"], in the order of ARMS.
+
+    Raises:
+        UserError: an unknown name, or none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in ARMS:
+            raise UserError(
+                f"unknown arm '{name}'; expected some of {', '.join(ARMS)}; "
+                + suggestion(name, ARMS, "choose from them")
+            )
+    if not names:
+        raise UserError("got no arm in --arms; expected some of " + ", ".join(ARMS) + "; name one")
+    return [name for name in ARMS if name in names]
+
+
+def choose_seeds(text: str) -> list[int]:
+    """ "0,1,2" -> [0, 1, 2], each once.
+
+    Raises:
+        UserError: something that is no whole number of at least 0, or nothing.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(re.fullmatch(r"\d{1,9}", word) for word in words):
+        raise UserError(
+            f"got --seeds {text or '(empty)'}; expected whole numbers of at least 0, such as "
+            "0,1,2; change it"
+        )
+    return list(dict.fromkeys(int(word) for word in words))
+
+
+def choose_budget(minutes: float | None, tokens: float | None) -> Budget:
+    """Minutes unless tokens are given; at most one of them is.
+
+    Raises:
+        UserError: a number that is not finite and above 0, or tokens that are not whole.
+    """
+    name, value = ("--tokens", tokens) if minutes is None else ("--minutes", minutes)
+    assert value is not None
+    if not 0 < value < float("inf"):
+        raise UserError(f"got {name} {value:g}; expected a number above 0; change it")
+    if minutes is not None:
+        return Budget(minutes=minutes)
+    if value != int(value):
+        raise UserError(f"got --tokens {value:g}; expected a whole number, such as 3e6; change it")
+    return Budget(tokens=int(value))
+
+
+def check_overrides(words: list[str], tag: str) -> None:
+    """Settings of the user's own are allowed under a name, and not those that make it this
+    experiment.
+
+    Raises:
+        UserError: no or a bad tag, or a key that is not free.
+    """
+    if bool(words) != bool(tag):
+        got = f"settings {' '.join(words)} without --tag" if words else f"--tag {tag} alone"
+        raise UserError(
+            f"got {got}; expected both: the tag keeps the results of other settings apart; "
+            "give --tag NAME key=value"
+        )
+    if tag and not re.fullmatch(r"[A-Za-z0-9.-]{1,40}", tag):
+        raise UserError(f"got --tag {tag}; expected letters, digits, points and hyphens; change it")
+    for word in words:
+        key = word.partition("=")[0]
+        if any(key == own or key.startswith(f"{own}.") for own in OWN_KEYS):
+            raise UserError(
+                f"got {word}; expected settings that leave the experiment what it is (not "
+                f"{', '.join(OWN_KEYS)}); leave it out"
+            )

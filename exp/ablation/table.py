@@ -1,0 +1,154 @@
+"""Result files to one table: means over seeds, their spread, and the distance from dense."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from arms import ARMS, label_of
+
+from tiny_onn.errors import UserError
+
+EXPERIMENT = "sparse_parts"
+
+HEAD = (
+    "budget",
+    "arm",
+    "seeds",
+    "hold-out NLL",
+    "against dense",
+    "exact match",
+    "tokens/s",
+    "Mtokens",
+    "minutes",
+    "parameters",
+    "active",
+    "mean experts",
+    "dead experts",
+)
+
+Result = Mapping[str, Any]
+Group = tuple[str, str, str]
+"""Budget, arm, tag."""
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results of this experiment that lie in ``folder``, by file name.
+
+    Raises:
+        UserError: a file that is none.
+    """
+    results = []
+    for path in sorted(folder.glob("ablation_*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"'{path}' is no result ({error}); expected JSON; delete it and give the same "
+                "command again"
+            ) from error
+        if isinstance(result, dict) and result.get("experiment") == EXPERIMENT:
+            results.append(result)
+    return results
+
+
+def grouped(results: Sequence[Result]) -> dict[Group, list[Result]]:
+    """Results of one arm under one budget, by seed; minutes before tokens, arms as in ARMS."""
+    groups: dict[Group, list[Result]] = {}
+    for result in sorted(results, key=_rank):
+        key = (result["budget"], result["arm"], result["tag"])
+        groups.setdefault(key, []).append(result)
+    return groups
+
+
+def _rank(result: Result) -> tuple[Any, ...]:
+    names = list(ARMS)
+    place = names.index(result["arm"]) if result["arm"] in ARMS else len(names)
+    minutes, tokens = result["budget_minutes"], result["budget_tokens"]
+    return minutes is None, minutes or tokens, place, result["tag"], result["seed"]
+
+
+def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Mean, and (smallest..largest) of several."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return show(values[0])
+    return f"{show(fmean(values))} ({show(min(values))}..{show(max(values))})"
+
+
+def against_dense(group: Sequence[Result], dense: Sequence[Result]) -> list[float]:
+    """NLL above that of dense, seed by seed, for the seeds that both have."""
+    base = {result["seed"]: result["nll_per_output_token"] for result in dense}
+    return [
+        result["nll_per_output_token"] - base[result["seed"]]
+        for result in group
+        if result["seed"] in base
+    ]
+
+
+def rows(results: Sequence[Result]) -> list[list[str]]:
+    """The cells of the table, a line for each arm under each budget."""
+    groups = grouped(results)
+    return [
+        _row(key, group, groups.get((key[0], "dense", ""), [])) for key, group in groups.items()
+    ]
+
+
+def _row(key: Group, group: Sequence[Result], dense: Sequence[Result]) -> list[str]:
+    budget, arm, tag = key
+
+    def column(name: str, show: Callable[[float], str]) -> str:
+        return spread([result[name] for result in group if result[name] is not None], show)
+
+    experts = {result["experts"] for result in group if result["experts"]}
+    dead = column("dead_experts", lambda x: f"{x:.3g}")
+    is_dense = (arm, tag) == ("dense", "")
+    return [
+        budget,
+        label_of(arm, tag),
+        ", ".join(str(result["seed"]) for result in group),
+        column("nll_per_output_token", lambda x: f"{x:.3f}"),
+        "" if is_dense else spread(against_dense(group, dense), lambda x: f"{x:+.3f}"),
+        column("exact_match", lambda x: f"{100 * x:.1f}%"),
+        column("tokens_per_s", lambda x: f"{x:,.0f}"),
+        column("tokens", lambda x: f"{x / 1e6:.2f}"),
+        column("minutes", lambda x: f"{x:.1f}"),
+        column("parameters", lambda x: f"{x / 1e6:.3f}M"),
+        column("active_parameters", lambda x: f"{x / 1e6:.3f}M"),
+        column("mean_active_experts", lambda x: f"{x:.2f}"),
+        f"{dead} of {'/'.join(map(str, sorted(experts)))}" if experts else "",
+    ]
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What the table does not show, and where its lines are not alike."""
+
+    def several(name: str) -> str:
+        return "; ".join(sorted({str(result[name]) for result in results}))
+
+    decoded = sorted({(result["num_decoded"], result["num_outputs"]) for result in results})
+    shares = "; ".join(f"{a} of {b}" for a, b in decoded)
+    return [
+        f"{len(results)} runs; mean (smallest..largest) over seeds; NLL in nats a token.",
+        f"exact match: hold-out outputs decoded freely, one try ({shares}).",
+        f"commit {several('commit')}",
+        f"device {several('device')}; torch {several('torch')}",
+    ]
+
+
+def render(results: Sequence[Result]) -> str:
+    """The table and its notes as Markdown."""
+    if not results:
+        return "no results yet"
+    lines = [list(HEAD), *rows(results)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+    lines.insert(1, ["-" * width for width in widths])
+    table = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    return "\n".join([*table, "", *notes(results)])

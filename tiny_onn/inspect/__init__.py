@@ -1,0 +1,1 @@
+"""Looking into a trained network: ``python -m tiny_onn.inspect checkpoint=runs/x``."""

@@ -1,0 +1,35 @@
+"""How many of a network's parameters one token passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tiny_onn.model.embedding import RowTable
+
+
+def active_parameters(model: nn.Module, active_experts: Mapping[int, float]) -> float:
+    """Parameters that a token's forward reads, on average.
+
+    All of them, but of every table (task, view, token, DeepEmbed) one row, and of each layer's
+    experts as many as are active. Gates count whole: every token meets all prototypes.
+
+    Args:
+        active_experts: mean number of experts a token, by number of the block.
+    """
+    tables = [m for m in model.modules() if isinstance(m, RowTable | nn.Embedding)]
+    table_ids = {id(table.weight) for table in tables}
+    return sum(
+        p.numel() * _share(name, p, id(p) in table_ids, active_experts)
+        for name, p in model.named_parameters()
+    )
+
+
+def _share(name: str, p: Tensor, is_table: bool, active_experts: Mapping[int, float]) -> float:
+    """Of the rows (first dimension) of one parameter, the share that a token reads."""
+    if is_table or (name.startswith("deep_embed.") and name.endswith(".rows.weight")):
+        return 1 / p.shape[0]
+    if ".ffn.experts." in name:  # one expert a row
+        return active_experts[int(name.split(".")[1])] / p.shape[0]
+    return 1.0
