@@ -141,8 +141,8 @@ def draw_gates(stats: GateStats) -> Figure:
 def draw_choice(choice: Choice, title: str) -> Figure:
     """Which cells some output cells read through the selected branch, a row an attention call.
 
-    Full squares: in a block that all groups chose; small ones: read by none of them. Newlines belong
-    to blocks too and are not shown.
+    Full squares: in a block that all groups chose; small ones: read by none of them. Newlines
+    belong to blocks too and are not shown.
     """
     canvas = lay_out_grids(choice.tokens_T, choice.positions_T3)
     queries = choose_queries(choice.tokens_T, choice.positions_T3, QUERIES)
