@@ -2,7 +2,8 @@
 
 import pytest
 
-from tiny_onn.config.check import check_budget, check_moe, check_reset, check_schedule
+from tiny_onn.config.check import check_budget, check_schedule
+from tiny_onn.config.check_network import check_moe, check_reset
 from tiny_onn.config.schema import BudgetConfig, ModelConfig, MoeConfig, OptimConfig, ResetConfig
 from tiny_onn.errors import UserError
 

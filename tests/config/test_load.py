@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tiny_onn.config import load
-from tiny_onn.config.check import EXCLUSIVE, RANGES
+from tiny_onn.config.check import EXCLUSIVE
 from tiny_onn.config.keys import keys_of
 from tiny_onn.config.load import (
     config_from_dict,
@@ -16,6 +16,7 @@ from tiny_onn.config.load import (
     load_submit,
     names_in,
 )
+from tiny_onn.config.ranges import RANGES
 from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
 from tiny_onn.errors import UserError
 

@@ -430,6 +430,6 @@ def test_the_library_refuses_impossible_settings_too():
 
 
 def test_the_forced_blocks_are_as_many_as_the_settings_ask_room_for():
-    from tiny_onn.config.check import NUM_FORCED_BLOCKS
+    from tiny_onn.config.check_network import NUM_FORCED_BLOCKS
 
     assert NUM_FORCED_BLOCKS == select.NUM_FORCED

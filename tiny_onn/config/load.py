@@ -16,18 +16,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tiny_onn.config.check import (
-    check_inspect,
-    check_model,
-    check_moe,
-    check_nsa,
-    check_ranges,
-    check_submit,
-    check_train,
-)
+from tiny_onn.config.check import check_inspect, check_submit, check_train
+from tiny_onn.config.check_network import check_model, check_moe, check_nsa
 from tiny_onn.config.help import inspect_help, submit_help, train_help
 from tiny_onn.config.keys import Key, keys_of, suggestion
 from tiny_onn.config.layer import Layer, displaced, flatten, in_origin
+from tiny_onn.config.ranges import check_ranges
 from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
 from tiny_onn.errors import UserError
 

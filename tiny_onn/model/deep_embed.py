@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.config.check import deep_embed_width
+from tiny_onn.config.check_network import deep_embed_width
 from tiny_onn.config.schema import DeepEmbedConfig, ModelConfig
 from tiny_onn.model.deep_embed_keys import NgramKey, PatchKey, TokenKey
 from tiny_onn.model.deep_embed_store import DenseRows, Fetch, FileRows, Rows

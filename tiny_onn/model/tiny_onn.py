@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.config.check import check_model, check_moe, check_nsa
+from tiny_onn.config.check_network import check_model, check_moe, check_nsa
 from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
@@ -279,7 +279,8 @@ def build_model(
     ``config.attention`` is nsa (None: the defaults).
 
     Raises:
-        UserError: see :func:`tiny_onn.config.check.check_model`, ``check_moe``, ``check_nsa``.
+        UserError: see ``check_model``, ``check_moe`` and ``check_nsa`` in
+            :mod:`tiny_onn.config.check_network`.
     """
     moe, nsa = moe or MoeConfig(), nsa or NsaConfig()
     check_model(config)

@@ -1,0 +1,157 @@
+"""Checks of the network's parts and of the rebirth of its experts, beyond types."""
+
+from __future__ import annotations
+
+import math
+
+from tiny_onn.config.ranges import check_group
+from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig, ResetConfig
+from tiny_onn.errors import UserError
+
+VOCAB_SIZE = 14
+
+NUM_FORCED_BLOCKS = 3
+"""Blocks that NSA always reads: the document's first, the token's own, the one before it."""
+
+DEEP_EMBED_KEYS = ("token", "ngram", "patch", "task")
+"""What may stand in model.deep_embed.keys; all but task can live in files."""
+
+
+def check_model(model: ModelConfig) -> None:
+    """Numbers in their ranges; widths and heads that fit together.
+
+    Raises:
+        UserError: a number out of range, heads that cannot be shared out, an odd head, another
+            vocabulary.
+    """
+    check_group("model", model)
+    if model.heads % model.kv_heads:
+        raise UserError(
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; expected "
+            "heads to be a multiple of kv_heads; change one of them"
+        )
+    if model.head_width % 2:
+        raise UserError(
+            f"got model.head_width={model.head_width}; expected an even number, at least 8; "
+            f"use {model.head_width + 1}"
+        )
+    if model.vocab_size != VOCAB_SIZE:
+        raise UserError(
+            f"got model.vocab_size={model.vocab_size}; expected {VOCAB_SIZE} (ten colours, start, "
+            "newline, separator, end); leave it out"
+        )
+    check_deep_embed(model)
+
+
+def check_deep_embed(model: ModelConfig) -> None:
+    """Keys that exist, and a store, form and ranks that fit them.
+
+    Raises:
+        UserError: an unknown or repeated key, files with nothing to hold, a patch that would see
+            later cells, a rank that is none.
+    """
+    config = model.deep_embed
+    check_group("model.deep_embed", config)
+    written = f"[{','.join(map(str, config.keys))}]"
+    for name in config.keys:
+        if name not in DEEP_EMBED_KEYS or config.keys.count(name) > 1:
+            raise UserError(
+                f"got model.deep_embed.keys={written}; expected different ones of "
+                f"{', '.join(DEEP_EMBED_KEYS)}; mend {name}"
+            )
+    filed = [name for name in config.keys if name != "task"]
+    if config.store == "memmap" and not filed:
+        raise UserError(
+            f"got model.deep_embed.store=memmap with keys={written}; expected token, ngram or "
+            "patch among them (task rows stay in memory); use store=dense"
+        )
+    if "patch" in config.keys and config.patch == "prefix" and model.mask != "prefix":
+        raise UserError(
+            f"got model.deep_embed.patch=prefix with model.mask={model.mask}, under which a cell "
+            "may not look at later ones; expected patch=causal; give that, or model.mask=prefix"
+        )
+    width = deep_embed_width(model)
+    for name, rank in (("rank", config.rank), ("task_rank", config.task_rank)):
+        used = bool(filed) if name == "rank" else "task" in config.keys
+        if used and rank > width:
+            raise UserError(
+                f"got model.deep_embed.{name}={rank}; expected at most {width}, the width of a "
+                f"row in form {config.form}; lower it"
+            )
+
+
+def deep_embed_width(model: ModelConfig) -> int:
+    """Numbers that a row of a DeepEmbed table stands for, in every layer."""
+    if model.deep_embed.form == "v7a":
+        return model.deep_embed.mix_rank**2
+    return model.width if model.deep_embed.form == "1x" else model.ffn_width
+
+
+def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
+    """Numbers in their ranges, and experts that fit each other and the model.
+
+    Raises:
+        UserError: a number out of range, more active experts than there are, no block with
+            experts, a fallback that could do nothing.
+    """
+    check_group("moe", moe)
+    if moe.target_active > moe.experts:
+        raise UserError(
+            f"got moe.target_active={moe.target_active} with moe.experts={moe.experts}; expected "
+            f"at most the number of experts; lower it, or give moe.experts="
+            f"{math.ceil(moe.target_active)}"
+        )
+    if model.ffn == "dynmoe" and moe.every > model.layers:
+        raise UserError(
+            f"got moe.every={moe.every} with model.layers={model.layers}; expected at most the "
+            "number of layers; use moe.every=1 for experts in all of them"
+        )
+    deep = model.deep_embed
+    if model.ffn == "dynmoe" and deep.keys and deep.form != "1x":
+        raise UserError(
+            f"got model.deep_embed.form={deep.form} with model.ffn=dynmoe, whose experts have no "
+            "hidden layer in common; expected model.deep_embed.form=1x; use it, or model.ffn=dense"
+        )
+    if moe.combine == "gated" and moe.none_active == "top1":
+        raise UserError(
+            "got moe.none_active=top1 with moe.combine=gated, which weights an expert below its "
+            "threshold with 0; expected moe.none_active=skip; use it, or moe.combine=mean"
+        )
+
+
+def check_reset(reset: ResetConfig, moe: MoeConfig) -> None:
+    """Numbers in their ranges, and an idle share that a healthy expert is well above.
+
+    Raises:
+        UserError: a number out of range, or experts at their target share that count as idle.
+    """
+    check_group("reset", reset)
+    fair = moe.target_active / moe.experts
+    if reset.window_steps and reset.min_share >= fair:
+        raise UserError(
+            f"got reset.min_share={reset.min_share}; expected less than moe.target_active / "
+            f"moe.experts = {fair:.3g}, or healthy experts are reborn; use {fair / 20:.2g}"
+        )
+
+
+def check_nsa(nsa: NsaConfig) -> None:
+    """Numbers in their ranges; blocks that fit the stride, and room for the forced ones.
+
+    Raises:
+        UserError: a number out of range, a stride that does not divide a block, too few blocks.
+    """
+    check_group("nsa", nsa)
+    for name in ("block", "select_block"):
+        length = getattr(nsa, name)
+        if length % nsa.stride:
+            fitting = -(-length // nsa.stride) * nsa.stride
+            raise UserError(
+                f"got nsa.{name}={length} with nsa.stride={nsa.stride}; expected a multiple of the "
+                f"stride; use nsa.{name}={fitting}, or another stride"
+            )
+    if nsa.select_count < NUM_FORCED_BLOCKS:
+        raise UserError(
+            f"got nsa.select_count={nsa.select_count}; expected at least {NUM_FORCED_BLOCKS} (the "
+            "document's first block, the token's own and the one before it are always read); use "
+            f"nsa.select_count={NUM_FORCED_BLOCKS} or more"
+        )
