@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from tiny_onn.model.gate import CosineGate, _MeanWeights, unit
 
@@ -181,6 +182,48 @@ def test_autocast_does_not_touch_the_gate():
         cast = gate(x_NC)
         half = gate(x_NC.bfloat16())
     assert torch.equal(plain.weight_NE, cast.weight_NE) and half.weight_NE.dtype == torch.float32
+
+
+class MatmulPrecisions(TorchFunctionMode):
+    """Notes what precision every matrix product is allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if "matmul" in function.__name__ and "precision" not in function.__name__:
+            self.seen.append(torch.get_float32_matmul_precision())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_run_that_allows_tf32_does_not_round_the_gates_cosines():
+    gate, x_NC = make_gate(dtype=torch.float32), tokens(dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with MatmulPrecisions() as products:
+            gate(x_NC)
+            gate.fires_for_gates(x_NC)
+            gate.gram()
+        assert products.seen == ["highest"] * 3
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_decides_as_the_cpu_does_whatever_products_may_round():
+    gate, x_NC = make_gate(dtype=torch.float32), tokens(4000, dtype=torch.float32)
+    margin_NE = (cosines(gate, x_NC) - gate.thresholds.detach()).abs()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        got_NE = gate.cuda()(x_NC.cuda()).runs_NE.cpu()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got_NE[margin_NE > 1e-6], gate.cpu()(x_NC).runs_NE[margin_NE > 1e-6])
 
 
 def test_no_tokens_at_all():

@@ -2,7 +2,8 @@
 
 Expert e fires for token t where  cos(x_t, prototype_e) > threshold_e  (Guo et al., DynMoE, arXiv
 2405.14297, equations 3 to 5, without the sigmoids, which change no decision and saturate). All of
-it is computed in float32, under autocast too.
+it is computed in float32, under autocast and where matrix products may round their inputs to TF32
+too: training and prediction, which differ in these, decide alike.
 
 The decision is a step, so its gradient is a surrogate, and it is given to *every* pair: with
 z = cos - threshold and s = sqrt(C), which is one over the spread of the cosine of two random
@@ -20,6 +21,8 @@ Shapes: N tokens, E experts, C width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,6 +46,18 @@ def unit(x_NC: Tensor) -> Tensor:
     """Rows divided by their norm, in float32 or wider; zero stays zero, with a finite gradient."""
     x_NC = x_NC if x_NC.dtype == torch.float64 else x_NC.float()
     return x_NC * (x_NC.square().sum(dim=-1, keepdim=True) + NORM_EPS).rsqrt()
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """No autocast, and matrix products in the whole float32 (a run on CUDA allows TF32)."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 class _Fires(torch.autograd.Function):
@@ -131,7 +146,7 @@ class CosineGate(nn.Module):
         return unit(x_NC) @ unit(self.prototypes).T - self.thresholds
 
     def forward(self, x_NC: Tensor) -> Decision:
-        with torch.autocast(x_NC.device.type, enabled=False):
+        with full_float32(x_NC.device):
             margin_NE = self.margins(x_NC)
             fires_NE = margin_NE > 0
             if self.combine == "gated":
@@ -148,11 +163,11 @@ class CosineGate(nn.Module):
     def fires_for_gates(self, x_NC: Tensor) -> Tensor:
         """(N, E) 0 or 1, differentiable in prototypes and thresholds only: what SDL sees, which
         shall move the gate and not what the tokens are."""
-        with torch.autocast(x_NC.device.type, enabled=False):
+        with full_float32(x_NC.device):
             return _Fires.apply(self.margins(x_NC.detach()), self.sharpness)
 
     def gram(self) -> Tensor:
         """(E, E): cosines of all prototypes with each other."""
-        with torch.autocast(self.prototypes.device.type, enabled=False):
+        with full_float32(self.prototypes.device):
             unit_EC = unit(self.prototypes)
             return unit_EC @ unit_EC.T
