@@ -28,25 +28,34 @@ RaggedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Pairs(NamedTuple):
     """Where the active pairs of a mask stand. A pair's row: expert by expert, tokens ascending.
 
-    token_P: int64, the token of every row. row_P: int64, the rows token by token, experts
-    ascending. begin_N: int64, each token's first place in row_P. ends_E: int32, one past an
-    expert's last row.
+    token_P: int64, the token of every row. place_P: int64, its pair's place in the flat mask.
+    row_P: int64, the rows token by token, experts ascending. begin_N: int64, each token's first
+    place in row_P. ends_E: int32, one past an expert's last row.
     """
 
     token_P: Tensor
+    place_P: Tensor
     row_P: Tensor
     begin_N: Tensor
     ends_E: Tensor
 
 
 def dispatch(mask_NE: Tensor) -> Pairs:
-    """Rows for the active pairs of a boolean mask (waits for the device, to learn how many)."""
-    mask_EN = mask_NE.T
-    row_EN = mask_EN.reshape(-1).cumsum(dim=0).view(mask_EN.shape) - 1
+    """Rows for the active pairs of a boolean mask.
+
+    Waits for the device once, in ``nonzero``, to learn how many there are (``masked_select``
+    would wait each time).
+    """
+    expert_P, token_P = mask_NE.T.nonzero().unbind(dim=1)
+    place_P = token_P * mask_NE.shape[1] + expert_P
+    rank_P = (mask_NE.reshape(-1).cumsum(dim=0) - 1).index_select(0, place_P)  # token by token
+    row_P = torch.empty_like(rank_P)
+    row_P.scatter_(0, rank_P, torch.arange(len(rank_P), device=rank_P.device))
     active_N = mask_NE.sum(dim=1)
     return Pairs(
-        token_P=mask_EN.nonzero()[:, 1],
-        row_P=row_EN.T.masked_select(mask_NE),
+        token_P=token_P,
+        place_P=place_P,
+        row_P=row_P,
         begin_N=active_N.cumsum(dim=0) - active_N,
         ends_E=mask_NE.sum(dim=0).cumsum(dim=0).int(),
     )
@@ -96,7 +105,7 @@ def _run(
     pairs = dispatch(mask_NE)
     rows_PC = _Gather.apply(x_NC, pairs)
     gate_PF, up_PF = product(rows_PC, gate_up_EHC, pairs.ends_E).chunk(2, dim=1)
-    weight_P1 = weight_NE.T.masked_select(mask_NE.T).unsqueeze(1)
+    weight_P1 = weight_NE.reshape(-1).index_select(0, pairs.place_P).unsqueeze(1)
     hidden_PF = F.silu(gate_PF) * up_PF * weight_P1
     return _Combine.apply(product(hidden_PF, down_ECF, pairs.ends_E), pairs)
 
