@@ -141,7 +141,7 @@ def test_a_reborn_expert_fires_for_its_share_of_the_sampled_tokens():
     prototype_C = scene.model.expert_layers[0].gate.prototypes[1]
     cos_S = unit(sample_SC) @ unit(prototype_C.detach().unsqueeze(0))[0]
     assert float(cos_S.max()) == pytest.approx(1, abs=1e-5)  # it is one of the tokens
-    assert float(prototype_C.square().mean()) == pytest.approx(1, rel=1e-4)
+    assert float(prototype_C.detach().square().mean()) == pytest.approx(1, rel=1e-4)
 
 
 def test_young_experts_learn_more_slowly_until_they_are_grown():

@@ -42,10 +42,20 @@ class Decision(NamedTuple):
     weight_NE: Tensor
 
 
+def _wide(x_NC: Tensor) -> Tensor:
+    """In float32, or float64 if it is."""
+    return x_NC if x_NC.dtype == torch.float64 else x_NC.float()
+
+
+def _inverse_norm(x_NC: Tensor) -> Tensor:
+    """(N, 1): one over each row's length; finite, with a finite gradient, for zero too."""
+    return (x_NC.square().sum(dim=-1, keepdim=True) + NORM_EPS).rsqrt()
+
+
 def unit(x_NC: Tensor) -> Tensor:
     """Rows divided by their norm, in float32 or wider; zero stays zero, with a finite gradient."""
-    x_NC = x_NC if x_NC.dtype == torch.float64 else x_NC.float()
-    return x_NC * (x_NC.square().sum(dim=-1, keepdim=True) + NORM_EPS).rsqrt()
+    x_NC = _wide(x_NC)
+    return x_NC * _inverse_norm(x_NC)
 
 
 @contextmanager
@@ -143,7 +153,10 @@ class CosineGate(nn.Module):
 
     def margins(self, x_NC: Tensor) -> Tensor:
         """(N, E): cos - threshold."""
-        return unit(x_NC) @ unit(self.prototypes).T - self.thresholds
+        x_NC = _wide(x_NC)
+        # Scaled after the product: its N x E numbers are fewer than the N x C of the tokens.
+        cos_NE = x_NC @ unit(self.prototypes).T * _inverse_norm(x_NC)
+        return cos_NE - self.thresholds
 
     def forward(self, x_NC: Tensor) -> Decision:
         with full_float32(x_NC.device):
