@@ -90,18 +90,11 @@ def tiny(task_dir, tmp_path):
 
 RUN = """
 import json, sys
-from tiny_onn.config.schema import *
+from tiny_onn.config.load import config_from_dict
 from tiny_onn.errors import run_cli
 from tiny_onn.training.run import run_training
 
-given = json.loads(sys.argv[1])
-given["model"]["deep_embed"] = DeepEmbedConfig(**given["model"]["deep_embed"])
-sections = {
-    "data": DataConfig, "model": ModelConfig, "moe": MoeConfig, "reset": ResetConfig,
-    "optim": OptimConfig, "budget": BudgetConfig, "trainer": TrainerConfig, "ops": OpsConfig,
-}
-given = {k: sections[k](**v) if k in sections else v for k, v in given.items()}
-run_cli(lambda: run_training(Config(**given)))
+run_cli(lambda: run_training(config_from_dict(json.loads(sys.argv[1]))))
 """
 
 
