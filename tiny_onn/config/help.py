@@ -42,14 +42,12 @@ def train_help(files: Mapping[str, Mapping[str, Path]]) -> str:
     """
     return "\n".join(
         [
-            "usage: python train.py [stage=STAGE] [network=NETWORK] [preset=PRESET] "
-            "[key=value ...]",
+            "usage: python train.py [stage=STAGE] [network=NETWORK] [preset=PRESET] [key=value] ...",
             "",
             "Trains a model from scratch on ARC tasks. Later settings win: defaults < "
             "configs/base.yaml",
-            "< configs/stage/STAGE.yaml < configs/network/NETWORK.yaml "
-            "< configs/preset/PRESET.yaml",
-            "< key=value.",
+            "< configs/stage/STAGE.yaml < configs/network/NETWORK.yaml",
+            "< configs/preset/PRESET.yaml < key=value.",
             "",
             *(line for kind, named in files.items() for line in (f"{kind}s:", *_files(named), "")),
             *_keys(keys_of(Config)),
