@@ -10,7 +10,10 @@ from pathlib import Path
 from tiny_onn.config.keys import suggestion
 from tiny_onn.errors import UserError
 
-OWN_KEYS = ("budget", "seed", "out", "resume", "stage", "preset", "data.holdout", "data.track")
+OWN_KEYS = (
+    *("budget", "seed", "out", "resume", "stage", "preset"),
+    *("data.holdout", "data.track", "trainer.threads"),
+)
 """Keys and groups that this experiment sets itself."""
 
 HOLDOUT_OUTPUTS = 1000
@@ -33,6 +36,7 @@ def _arm(
         f"model.attention={attention}",
         f"model.ffn={ffn}",
         f"model.deep_embed.keys=[{keys}]",
+        "model.deep_embed.form=1x",  # the only one that experts can have: one form for all arms
     )
     return Arm(label, (*switches, *more))
 
@@ -49,7 +53,7 @@ ARMS = {
     "all-no-reset": _arm("all, reset off", *_ALL, "reset.window_steps=0"),
     "all-no-sdl": _arm("all, SDL off", *_ALL, "moe.sparsity_weight=0", "moe.diversity_weight=0"),
 }
-"""In the order of the table. Sizes (experts, blocks, forms) are the preset's."""
+"""In the order of the table. Sizes (experts, blocks, ranks) are the preset's."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,22 @@ class Budget:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. tag: names the settings that differ from the preset's ("": none do)."""
+    """One training. tag: names the settings that differ from the preset's ("": none do);
+    threads: of this run; jobs: how many runs share the machine, this one included."""
 
     arm: str
     budget: Budget
     seed: int
     tag: str = ""
+    threads: int = 2
+    jobs: int = 1
 
     @property
     def name(self) -> str:
-        """Of its folder below runs/ablation and of its result file."""
-        return f"{self.arm}{self.tag and '-' + self.tag}_{self.budget.name}_seed{self.seed}"
+        """Of its folder below runs/ablation and of its result file: all that decides a result,
+        so that none under other circumstances passes for it."""
+        arm = f"{self.arm}-{self.tag}" if self.tag else self.arm
+        return f"{arm}_{self.budget.name}_{self.threads}x{self.jobs}_seed{self.seed}"
 
     @property
     def label(self) -> str:
@@ -110,6 +119,7 @@ class Run:
             *extra,
             self.budget.word(batch_tokens),
             f"seed={self.seed}",
+            f"trainer.threads={self.threads}",
             f"out=runs/ablation/{self.name}",
         ]
 
@@ -168,6 +178,23 @@ def choose_budget(minutes: float | None, tokens: float | None) -> Budget:
     if value != int(value):
         raise UserError(f"got --tokens {value:g}; expected a whole number, such as 3e6; change it")
     return Budget(tokens=int(value))
+
+
+def check_cores(threads: int, jobs: int, budget: Budget, cores: int) -> None:
+    """Runs that share a core take minutes from each other.
+
+    Raises:
+        UserError: fewer than 1 of either, or under minutes more threads than cores.
+    """
+    for name, value in (("--threads", threads), ("--jobs", jobs)):
+        if value < 1:
+            raise UserError(f"got {name} {value}; expected a whole number of at least 1; change it")
+    if budget.minutes is not None and threads * jobs > cores:
+        raise UserError(
+            f"got --threads {threads} --jobs {jobs}, {threads * jobs} threads; expected at most "
+            f"the {cores} cores of this machine, or runs take minutes from each other; give fewer, "
+            "or --tokens"
+        )
 
 
 def check_overrides(words: list[str], tag: str) -> None:

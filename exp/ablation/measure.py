@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from arms import Run
 from table import EXPERIMENT
 
@@ -92,6 +93,8 @@ def result_of(
     """
     folder = ROOT / "runs" / "ablation" / run.name
     facts = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert facts["threads"] == run.threads, (facts["threads"], run.threads)
+    torch.set_num_threads(run.threads)  # the neighbours train on
     holdout, lines = facts["holdout"], log_lines(folder)
     loaded = load_model(folder)
     loaded.model.use_backend("auto", "cpu", "fp32")
@@ -104,8 +107,10 @@ def result_of(
         "budget_minutes": run.budget.minutes,
         "budget_tokens": run.budget.tokens,
         "seed": run.seed,
+        "threads": run.threads,
+        "jobs": run.jobs,
         "commit": facts["commit"] and facts["commit"] + ("-dirty" if changed else ""),
-        "device": f"{os.cpu_count()} x {facts['device']}, {facts['threads']} threads",
+        "device": f"{os.cpu_count()} x {facts['device']}",
         "torch": facts["torch"],
         "command": shlex.join(["python", "train.py", *words]),
         "nll_per_output_token": holdout["nll_per_token"],

@@ -2,12 +2,15 @@
 
     python exp/ablation/sparse_parts.py [--arms dense,all] [--seeds 0,1,2]
                                         [--minutes 10 | --tokens 6e6] [--again]
+                                        [--threads 2] [--jobs 1]
     python exp/ablation/sparse_parts.py --table
     python exp/ablation/sparse_parts.py --tag NAME key=value ...    (other settings, kept apart)
 
 Every run is ``train.py preset=nano`` with the tests of the *training* tasks held out and its parts
 switched on and off; evaluation answers are never read. A run whose result lies in exp/results is
-skipped; Ctrl-C keeps what is finished, and the same command goes on. Protocol: README.md.
+skipped; Ctrl-C keeps what is finished, and the same command goes on. Results of other --threads
+and --jobs are kept apart: on two cores ``--threads 1 --jobs 2`` takes half the time of the default,
+and every run gets one core. Protocol: README.md.
 """
 
 from __future__ import annotations
@@ -16,17 +19,25 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
 
-from arms import ARMS, Budget, Run, check_overrides, choose_arms, choose_budget, choose_seeds
+from arms import (
+    ARMS,
+    Budget,
+    Run,
+    check_cores,
+    check_overrides,
+    choose_arms,
+    choose_budget,
+    choose_seeds,
+)
+from children import POLL_S, StopRequest, Training, start, stop_all, thread_settings
 from table import Result, read_results, render
 
 from tiny_onn.clock import clock_text
@@ -43,9 +54,16 @@ OVERHEAD_S = 30.0
 """A run's hold-out and measurement, until one was timed."""
 
 
-def plan(arms: Sequence[str], seeds: Sequence[int], budget: Budget, tag: str) -> list[Run]:
+def plan(
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    budget: Budget,
+    tag: str,
+    threads: int = 2,
+    jobs: int = 1,
+) -> list[Run]:
     """Seed by seed, so that what is cut short still compares all arms."""
-    return [Run(arm, budget, seed, tag) for seed in seeds for arm in arms]
+    return [Run(arm, budget, seed, tag, threads, jobs) for seed in seeds for arm in arms]
 
 
 def to_do(runs: Sequence[Run], folder: Path, again: bool) -> list[Run]:
@@ -55,7 +73,8 @@ def to_do(runs: Sequence[Run], folder: Path, again: bool) -> list[Run]:
 
 def expected_seconds(run: Run, results: Sequence[Result]) -> float | None:
     """Of one run, by those of the same budget: its own arm's, else all arms'; None: unknown."""
-    alike = [r for r in results if r["budget"] == run.budget.name]
+    circumstances = (run.budget.name, run.threads, run.jobs)
+    alike = [r for r in results if (r["budget"], r["threads"], r["jobs"]) == circumstances]
     own = [r for r in alike if (r["arm"], r["tag"]) == (run.arm, run.tag)]
     if own or (alike and run.budget.minutes is None):
         return 60 * fmean(r["minutes_command"] for r in own or alike)
@@ -63,9 +82,14 @@ def expected_seconds(run: Run, results: Sequence[Result]) -> float | None:
 
 
 def eta_seconds(runs: Sequence[Run], results: Sequence[Result]) -> float | None:
-    """Of all these runs; None while one's length is unknown."""
+    """Of all these runs, jobs at once; None while one's length is unknown."""
     seconds = [expected_seconds(run, results) for run in runs]
-    return None if None in seconds else sum(s for s in seconds if s is not None)
+    if None in seconds:
+        return None
+    free_at = [0.0] * max((run.jobs for run in runs), default=1)
+    for length in seconds:
+        free_at[free_at.index(min(free_at))] += length or 0.0
+    return max(free_at)
 
 
 def progress(number: int, runs: Sequence[Run], results: Sequence[Result]) -> str:
@@ -86,75 +110,83 @@ def code_changed() -> bool:
         return False
 
 
-def train(words: Sequence[str]) -> int:
-    """train.py to its end; its exit status. A signal reaches it once, and it saves its place.
-
-    It gets a session of its own: a terminal's Ctrl-C would reach it twice, and the second one
-    would cut its saving short. What torch.compile makes is not kept, or only the first run of an
-    arm would pay for it.
-    """
-    print("$ python train.py", *words, flush=True)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *words],
-            cwd=ROOT,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
-            start_new_session=True,
-        )
-        try:
-            return process.wait()
-        except BaseException:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-
-
-def run_one(run: Run, extra: list[str], batch_tokens: int, again: bool) -> int:
-    """Train, measure, write the result; train.py's exit status."""
-    words, changed = run.words(extra, batch_tokens), code_changed()
-    began = time.monotonic()
+def begin(run: Run, words: list[str], again: bool) -> Training:
+    """Start one; ``again``: in an empty folder, its old result gone, so that it can go on if it is
+    stopped. Beside others it writes to a file."""
     if again:
         shutil.rmtree(ROOT / "runs" / "ablation" / run.name, ignore_errors=True)
-    status = train(words)
-    seconds = time.monotonic() - began
-    if status == 0:
-        from measure import result_of  # imports torch, which refusing bad arguments needs not
+        run.result_path(RESULTS).unlink(missing_ok=True)
+    log = ROOT / "runs" / "ablation" / f"{run.name}.log" if run.jobs > 1 else None
+    return start(run, words, ROOT, code_changed(), log)
 
-        path, result = run.result_path(RESULTS), result_of(run, words, extra, seconds, changed)
-        atomic_write_text(path, json.dumps(result, indent=1) + "\n")
-        print(f"written: {path.relative_to(ROOT)}", flush=True)
-    return status
+
+def finish(training: Training, status: int, extra: list[str]) -> str:
+    """Measure and write the result; "" or why there is none."""
+    run = training.run
+    if status != 0:
+        where = f", see {training.log.relative_to(ROOT)}" if training.log else ""
+        return f"{run.name} (train.py ended with status {status}{where})"
+    seconds = time.monotonic() - training.began
+    from measure import result_of  # imports torch, which refusing bad arguments needs not
+
+    path = run.result_path(RESULTS)
+    result = result_of(run, training.words, extra, seconds, training.changed)
+    atomic_write_text(path, json.dumps(result, indent=1) + "\n")
+    print(f"written: {path.relative_to(ROOT)}", flush=True)
+    return ""
 
 
 def run_all(runs: list[Run], extra: list[str], again: bool) -> int:
-    """All of them, whatever becomes of one; 1 if one failed."""
+    """All of them, jobs at once, whatever becomes of one.
+
+    Returns:
+        Exit status: 0, 1 if one failed, 130 and 143 after Ctrl-C and SIGTERM.
+    """
     # Settings that some arm cannot have end it here, before any work.
     batch_tokens = [load_config(run.words(extra, 1)).data.batch_tokens for run in runs]
+    waiting = deque(enumerate(runs))
+    active: list[Training] = []
     failed: list[str] = []
-    number = 0
-    try:
-        for number, run in enumerate(runs):
-            print(progress(number, runs, read_results(RESULTS)), flush=True)
-            status = run_one(run, extra, batch_tokens[number], again)
-            if status != 0:
-                failed.append(f"{run.name} (train.py ended with status {status})")
-                print(f"failed: {failed[-1]}; going on with the others", flush=True)
-    except (KeyboardInterrupt, SystemExit):
-        print(f"\nstopped in run {number + 1} of {len(runs)}; finished results are kept; "
-              + ("--again begins with the first one: name the arms and seeds that are left"
-                 if again else "the same command goes on"))  # fmt: skip
-        raise
+    with StopRequest() as stop:
+        try:
+            while active or (waiting and stop.signum is None):
+                while waiting and len(active) < runs[0].jobs and stop.signum is None:
+                    number, run = waiting.popleft()
+                    print(progress(number, runs, read_results(RESULTS)), flush=True)
+                    active.append(begin(run, run.words(extra, batch_tokens[number]), again))
+                stop.pass_on(active)
+                for training in list(active):
+                    status = training.status()
+                    if status is None:
+                        continue
+                    active.remove(training)
+                    if status != 0 and stop.signum is not None:
+                        print(f"stopped: {training.run.name}", flush=True)
+                    elif why := finish(training, status, extra):
+                        failed.append(why)
+                        print(f"failed: {why}; going on with the others", flush=True)
+                time.sleep(POLL_S)
+        finally:
+            stop_all(active)
+    return report(stop.signum, failed, len(runs), again)
+
+
+def report(signum: int | None, failed: list[str], number: int, again: bool) -> int:
+    """The last words, and run_all's exit status."""
     if failed:
         print(
-            f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; see above for "
+            f"error: {len(failed)} of {number} runs failed: {', '.join(failed)}; see above for "
             "each one's reason; where its folder holds a run of other settings, give --again",
             file=sys.stderr,
         )
+    if signum is not None:
+        command = "command without --again" if again else "command"
+        print(
+            f"stopped; finished results are kept; the same {command} goes on"
+            + " with what was begun" * again
+        )
+        return 128 + signum
     return 1 if failed else 0
-
-
-def stop(signum: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + signum)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -165,6 +197,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     budget.add_argument("--minutes", type=float, help="wall clock of every run (default 10)")
     budget.add_argument("--tokens", type=float, help="training tokens of every run instead")
     made.add_argument("--again", action="store_true", help="redo runs that have a result")
+    made.add_argument("--threads", type=int, default=2, help="of every run (default 2)")
+    made.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     made.add_argument("--table", action="store_true", help="only print the table")
     made.add_argument("--tag", default="", help="names the settings given as key=value")
     made.add_argument("overrides", nargs="*", help="key=value for train.py; needs --tag")
@@ -179,11 +213,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_overrides(args.overrides, args.tag)
     minutes = 10.0 if args.minutes is None and args.tokens is None else args.minutes
     budget = choose_budget(minutes, args.tokens)
-    runs = plan(choose_arms(args.arms), choose_seeds(args.seeds), budget, args.tag)
+    check_cores(args.threads, args.jobs, budget, os.cpu_count() or 1)
+    arms, seeds = choose_arms(args.arms), choose_seeds(args.seeds)
+    runs = plan(arms, seeds, budget, args.tag, args.threads, args.jobs)
     ensure_writable_dir(RESULTS)
     left = to_do(runs, RESULTS, args.again)
     print(f"{len(runs)} runs asked for, {len(runs) - len(left)} have a result, {len(left)} to do")
-    signal.signal(signal.SIGTERM, stop)
+    os.environ.update(thread_settings(args.threads))  # for measuring, in this process
     status = run_all(left, args.overrides, args.again)
     print(render(read_results(RESULTS)))
     return status

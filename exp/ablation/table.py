@@ -16,6 +16,7 @@ EXPERIMENT = "sparse_parts"
 
 HEAD = (
     "budget",
+    "threads x jobs",
     "arm",
     "seeds",
     "hold-out NLL",
@@ -31,8 +32,8 @@ HEAD = (
 )
 
 Result = Mapping[str, Any]
-Group = tuple[str, str, str]
-"""Budget, arm, tag."""
+Group = tuple[str, str, str, str]
+"""Budget, threads x jobs, arm, tag."""
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -55,11 +56,17 @@ def read_results(folder: Path) -> list[Result]:
     return results
 
 
+def share_of(result: Result) -> str:
+    """ "1 x 2": one thread a run, two runs at once."""
+    return f"{result['threads']} x {result['jobs']}"
+
+
 def grouped(results: Sequence[Result]) -> dict[Group, list[Result]]:
-    """Results of one arm under one budget, by seed; minutes before tokens, arms as in ARMS."""
+    """Results of one arm under one budget and one share of the machine, by seed; minutes before
+    tokens, arms as in ARMS."""
     groups: dict[Group, list[Result]] = {}
     for result in sorted(results, key=_rank):
-        key = (result["budget"], result["arm"], result["tag"])
+        key = (result["budget"], share_of(result), result["arm"], result["tag"])
         groups.setdefault(key, []).append(result)
     return groups
 
@@ -68,7 +75,8 @@ def _rank(result: Result) -> tuple[Any, ...]:
     names = list(ARMS)
     place = names.index(result["arm"]) if result["arm"] in ARMS else len(names)
     minutes, tokens = result["budget_minutes"], result["budget_tokens"]
-    return minutes is None, minutes or tokens, place, result["tag"], result["seed"]
+    share = (result["threads"], result["jobs"])
+    return minutes is None, minutes or tokens, share, place, result["tag"], result["seed"]
 
 
 def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
@@ -94,12 +102,12 @@ def rows(results: Sequence[Result]) -> list[list[str]]:
     """The cells of the table, a line for each arm under each budget."""
     groups = grouped(results)
     return [
-        _row(key, group, groups.get((key[0], "dense", ""), [])) for key, group in groups.items()
+        _row(key, group, groups.get((*key[:2], "dense", ""), [])) for key, group in groups.items()
     ]
 
 
 def _row(key: Group, group: Sequence[Result], dense: Sequence[Result]) -> list[str]:
-    budget, arm, tag = key
+    budget, share, arm, tag = key
 
     def column(name: str, show: Callable[[float], str]) -> str:
         return spread([result[name] for result in group if result[name] is not None], show)
@@ -109,6 +117,7 @@ def _row(key: Group, group: Sequence[Result], dense: Sequence[Result]) -> list[s
     is_dense = (arm, tag) == ("dense", "")
     return [
         budget,
+        share,
         label_of(arm, tag),
         ", ".join(str(result["seed"]) for result in group),
         column("nll_per_output_token", lambda x: f"{x:.3f}"),
@@ -135,6 +144,7 @@ def notes(results: Sequence[Result]) -> list[str]:
     return [
         f"{len(results)} runs; mean (smallest..largest) over seeds; NLL in nats a token.",
         f"exact match: hold-out outputs decoded freely, one try ({shares}).",
+        "threads x jobs: threads of a run x runs at once; only runs of equal ones are compared.",
         f"commit {several('commit')}",
         f"device {several('device')}; torch {several('torch')}",
     ]

@@ -5,6 +5,7 @@ import pytest
 from tiny_onn.config.help import inspect_help, submit_help
 from tiny_onn.config.keys import keys_of
 from tiny_onn.config.load import (
+    KINDS,
     load_inspect_config,
     load_submit_config,
     load_train_config,
@@ -27,8 +28,8 @@ def train_text(capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_train_help_describes_every_stage_and_preset_in_one_line(train_text):
-    for name in [*names_in("stage"), *names_in("preset")]:
+def test_train_help_describes_every_stage_network_and_preset_in_one_line(train_text):
+    for name in [name for kind in KINDS for name in names_in(kind)]:
         assert re.search(rf"^  {name} +\w.{{20,}}$", train_text, re.MULTILINE), name
 
 

@@ -9,6 +9,7 @@ from tiny_onn.config import load
 from tiny_onn.config.check import EXCLUSIVE
 from tiny_onn.config.keys import keys_of
 from tiny_onn.config.load import (
+    KINDS,
     config_from_dict,
     dump_config,
     load_config,
@@ -32,8 +33,9 @@ def message(*arguments: str, submit: bool = False) -> str:
 
 
 def layered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> None:
-    """A configs folder of one stage and one preset in place of the real one."""
-    texts = {"base": "", "stage/pretrain": "", "preset/nano": "budget: {steps: 5}", **files}
+    """A configs folder of one stage, network and preset in place of the real one."""
+    texts = {"base": "", "stage/pretrain": "", "network/sparse": "", **files}
+    texts.setdefault("preset/nano", "budget: {steps: 5}")
     for name, text in texts.items():
         path = tmp_path / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True, parents=True)
@@ -42,25 +44,34 @@ def layered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **files: str) -> No
 
 
 @pytest.mark.parametrize("preset", names_in("preset"))
+@pytest.mark.parametrize("network", names_in("network"))
 @pytest.mark.parametrize("stage", names_in("stage"))
-def test_every_stage_and_preset_loads_typed_resolved_and_says_its_name(stage, preset):
-    config = load_config([f"stage={stage}", f"preset={preset}"])
-    assert (config.stage, config.preset) == (stage, preset)
-    assert config.out == f"runs/{stage}-{preset}"
+def test_every_combination_of_files_loads_typed_resolved_and_says_its_names(stage, network, preset):
+    config = load_config([f"stage={stage}", f"network={network}", f"preset={preset}"])
+    assert (config.stage, config.network, config.preset) == (stage, network, preset)
+    assert config.out == f"runs/{stage}-{preset}-{network}"
     assert isinstance(config.budget.minutes, float)
     with pytest.raises(FrozenInstanceError):
         config.model.width = 1
 
 
-def test_the_yaml_files_are_exactly_the_stages_and_presets_of_the_schema():
+def test_the_yaml_files_are_exactly_the_choices_of_the_schema():
     keys = keys_of(Config)
-    assert sorted(keys["stage"].choices) == names_in("stage")
-    assert sorted(keys["preset"].choices) == names_in("preset")
+    for kind in KINDS:
+        assert sorted(keys[kind].choices) == names_in(kind)
 
 
-def test_a_preset_holds_the_name_of_its_file():
-    for name in names_in("preset"):
-        assert f"preset: {name}" in (REPOSITORY / "configs/preset" / f"{name}.yaml").read_text()
+def test_a_file_of_settings_holds_its_own_name():
+    for kind in KINDS:
+        for name in names_in(kind):
+            text = (REPOSITORY / "configs" / kind / f"{name}.yaml").read_text()
+            assert f"{kind}: {name}" in text
+
+
+def test_the_default_network_is_sparse_in_all_three_parts_and_the_dense_one_in_none():
+    sparse, dense = (load_config(words).model for words in ([], ["network=dense"]))
+    assert (sparse.attention, sparse.ffn) == ("nsa", "dynmoe") and sparse.deep_embed.keys
+    assert (dense.attention, dense.ffn, dense.deep_embed.keys) == ("full", "dense", [])
 
 
 def test_each_layer_overrides_the_one_before(tmp_path, monkeypatch):

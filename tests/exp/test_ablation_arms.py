@@ -22,6 +22,7 @@ def test_every_arm_sets_all_three_switches_and_dense_has_no_sparse_part(arms):
         "model.attention": "full",
         "model.ffn": "dense",
         "model.deep_embed.keys": "[]",
+        "model.deep_embed.form": "1x",
     }
 
 
@@ -63,22 +64,43 @@ def test_words_of_a_run_hold_out_training_tests_and_take_the_users_settings_last
     assert given["model.attention"] == "full" and given["moe.experts"] == "16"
     assert given["model.ffn"] == "dynmoe" and given["seed"] == "3"
     assert given["budget.minutes"] == "1"
-    assert given["out"] == "runs/ablation/all-wide_1min_seed3"
+    assert given["out"] == "runs/ablation/all-wide_1min_2x1_seed3"
     assert not any("evaluation" in word or "solutions" in word for word in words)
 
 
 def test_names_of_runs_are_all_different_and_name_the_result(arms, tmp_path):
     budgets = (arms.Budget(minutes=1.0), arms.Budget(tokens=1_000_000))
     runs = [
-        arms.Run(arm, budget, seed, tag)
+        arms.Run(arm, budget, seed, tag, threads, jobs)
         for arm in arms.ARMS
         for budget in budgets
         for seed in (0, 1)
         for tag in ("", "x")
+        for threads, jobs in ((2, 1), (1, 1), (1, 2))
     ]
     assert len({run.name for run in runs}) == len(runs)
     run = arms.Run("nsa", budgets[0], 2)
-    assert run.result_path(tmp_path) == tmp_path / "ablation_nsa_1min_seed2.json"
+    assert run.result_path(tmp_path) == tmp_path / "ablation_nsa_1min_2x1_seed2.json"
+
+
+def test_a_run_has_the_threads_it_is_given(arms):
+    run = arms.Run("all", arms.Budget(minutes=1.0), 0, threads=1, jobs=2)
+    assert settings(run.words([], 4096))["trainer.threads"] == "1"
+
+
+@pytest.mark.parametrize(("threads", "jobs", "part"), [(0, 1, "--threads 0"), (1, -1, "--jobs -1")])
+def test_there_is_a_thread_and_a_job(arms, threads, jobs, part):
+    with pytest.raises(UserError, match=part):
+        arms.check_cores(threads, jobs, arms.Budget(tokens=100), cores=2)
+
+
+def test_runs_that_would_share_a_core_are_refused_under_minutes_only(arms):
+    minutes, tokens = arms.Budget(minutes=1.0), arms.Budget(tokens=100)
+    arms.check_cores(2, 1, minutes, cores=2)
+    arms.check_cores(1, 2, minutes, cores=2)
+    arms.check_cores(2, 2, tokens, cores=2)
+    with pytest.raises(UserError, match="4 threads; expected at most the 2 cores"):
+        arms.check_cores(2, 2, minutes, cores=2)
 
 
 def test_arms_are_chosen_in_the_order_of_the_table(arms):
@@ -118,6 +140,7 @@ def test_a_budget_is_one_positive_number(arms):
         (["moe.experts=4"], "a_b", "letters, digits"),
         (["budget.minutes=3"], "x", "budget.minutes=3"),
         (["seed=4"], "x", "seed=4"),
+        (["trainer.threads=4"], "x", "trainer.threads=4"),
         (["data.holdout=none"], "x", "data.holdout=none"),
     ],
 )

@@ -35,7 +35,7 @@ def test_a_dense_result_has_all_the_facts_and_no_experts(
     measure, script, tmp_path, monkeypatch, small_checkpoint
 ):
     arms = script("ablation", "arms")
-    run = arms.Run("dense", arms.Budget(minutes=1.0), seed=0)
+    run = arms.Run("dense", arms.Budget(minutes=1.0), seed=0, threads=1, jobs=2)
     folder = tmp_path / "runs" / "ablation" / run.name
     loaded = small_checkpoint(folder / "checkpoint")
     write_log(folder, 0, "step,tokens_per_s\n20,1000\n")
@@ -63,6 +63,7 @@ def test_a_dense_result_has_all_the_facts_and_no_experts(
     }
     (folder / "metrics.json").write_text(json.dumps(facts))
     monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(measure.torch, "set_num_threads", lambda threads: None)
     found = measure.result_of(run, run.words([], 100), [], seconds=66.0, changed=True)
     assert found["commit"] == "abc-dirty"
     assert found["minutes_command"] == 1.1 and found["tokens_per_s"] == 1000.0
@@ -71,4 +72,4 @@ def test_a_dense_result_has_all_the_facts_and_no_experts(
     assert 0 < found["active_parameters"] < found["parameters"]
     assert str(tmp_path) not in json.dumps(found)
     row = script("ablation", "table").rows([found])
-    assert row[0][:3] == ["1min", "dense", "0"]
+    assert row[0][:4] == ["1min", "1 x 2", "dense", "0"]

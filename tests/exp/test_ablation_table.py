@@ -21,8 +21,10 @@ def result(arm="dense", seed=0, nll=0.5, budget="10min", **changes):
         "budget_minutes": minutes,
         "budget_tokens": tokens,
         "seed": seed,
+        "threads": 2,
+        "jobs": 1,
         "commit": "abc",
-        "device": "2 x CPU, 2 threads",
+        "device": "2 x CPU",
         "torch": "2.13.0",
         "nll_per_output_token": nll,
         "exact_match": 0.25,
@@ -73,6 +75,25 @@ def test_the_distance_from_dense_is_paired_by_seed_and_budget(table):
     assert [row["budget"] for row in rows] == ["10min", "10min", "6Mtok", "6Mtok"]
     assert rows[1]["against dense"] == "+0.000 (-0.100..+0.100)"
     assert rows[3]["against dense"] == "-1.000"
+
+
+def test_runs_that_share_the_machine_otherwise_are_rows_of_their_own(table):
+    results = [
+        result(nll=0.5),
+        result("nsa", nll=0.4),
+        result(nll=0.7, threads=1, jobs=2),
+        result("nsa", nll=0.8, threads=1, jobs=2),
+        result("nsa", nll=0.9, threads=1),
+    ]
+    rows = [(row["threads x jobs"], row["against dense"]) for row in cells(table, results)]
+    assert rows == [
+        ("1 x 1", ""),
+        ("1 x 2", ""),
+        ("1 x 2", "+0.100"),
+        ("2 x 1", ""),
+        ("2 x 1", "-0.100"),
+    ]
+    assert "threads of a run x runs at once" in table.render(results)
 
 
 def test_without_dense_there_is_no_distance(table):

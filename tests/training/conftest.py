@@ -94,8 +94,7 @@ from tiny_onn.config.load import config_from_dict
 from tiny_onn.errors import run_cli
 from tiny_onn.training.run import run_training
 
-given = json.loads(sys.argv[1])
-run_cli(lambda: run_training(config_from_dict(given, "the test")))
+run_cli(lambda: run_training(config_from_dict(json.loads(sys.argv[1]))))
 """
 
 

@@ -34,22 +34,22 @@ examples:
 """
 
 
-def train_help(stages: Mapping[str, Path], presets: Mapping[str, Path]) -> str:
-    """Text of ``train.py --help``; stages and presets are described by their files' first line."""
+def train_help(files: Mapping[str, Mapping[str, Path]]) -> str:
+    """Text of ``train.py --help``.
+
+    ``files`` maps the kinds stage, network and preset to their files by name; each is described by
+    its first line.
+    """
     return "\n".join(
         [
-            "usage: python train.py [stage=STAGE] [preset=PRESET] [key=value ...]",
+            "usage: python train.py [stage=STAGE] [network=NETWORK] [preset=PRESET] [key=value ..]",
             "",
             "Trains a model from scratch on ARC tasks. Later settings win: defaults < "
             "configs/base.yaml",
-            "< configs/stage/STAGE.yaml < configs/preset/PRESET.yaml < key=value.",
+            "< configs/stage/STAGE.yaml < configs/network/NETWORK.yaml",
+            "< configs/preset/PRESET.yaml < key=value.",
             "",
-            "stages:",
-            *_files(stages),
-            "",
-            "presets:",
-            *_files(presets),
-            "",
+            *(line for kind, named in files.items() for line in (f"{kind}s:", *_files(named), "")),
             *_keys(keys_of(Config)),
             "",
             TRAIN_EXAMPLES.rstrip(),

@@ -1,8 +1,9 @@
 """Command line and YAML to a frozen configuration, and back.
 
 Later layers win: schema defaults < configs/base.yaml < configs/stage/<stage>.yaml <
-configs/preset/<preset>.yaml < ``key=value`` arguments (submit: schema < configs/submit.yaml <
-arguments). The only file that knows OmegaConf, and PyYAML for the error type OmegaConf raises.
+configs/network/<network>.yaml < configs/preset/<preset>.yaml < ``key=value`` arguments (submit:
+schema < configs/submit.yaml < arguments). The only file that knows OmegaConf, and PyYAML for the
+error type OmegaConf raises.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from tiny_onn.errors import UserError
 
 AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig, InspectConfig)
 
+KINDS = ("stage", "network", "preset")
+"""Settings that name a file of other settings; later ones win."""
+
 _HELP_FLAGS = frozenset({"-h", "--help", "help"})
 
 
@@ -43,24 +47,23 @@ def configs_folder() -> Path:
 
 
 def names_in(kind: str) -> list[str]:
-    """Names of the stages (``kind="stage"``) or presets (``kind="preset"``), sorted."""
+    """Names of the files of a kind (stage, network or preset), sorted."""
     return sorted(path.stem for path in (configs_folder() / kind).glob("*.yaml"))
+
+
+def _files_of(kind: str) -> dict[str, Path]:
+    return {name: configs_folder() / kind / f"{name}.yaml" for name in names_in(kind)}
 
 
 def load_train_config(arguments: Sequence[str]) -> Config | None:
     """What ``train.py`` was asked for; None when it was help, which is printed.
 
     Raises:
-        UserError: an unknown stage, preset or key, a wrong type or value, settings that do not
-            fit together.
+        UserError: an unknown stage, network, preset or key, a wrong type or value, settings that
+            do not fit together.
     """
     if _HELP_FLAGS.intersection(arguments):
-        print(
-            train_help(
-                {n: configs_folder() / "stage" / f"{n}.yaml" for n in names_in("stage")},
-                {n: configs_folder() / "preset" / f"{n}.yaml" for n in names_in("preset")},
-            )
-        )
+        print(train_help({kind: _files_of(kind) for kind in KINDS}))
         return None
     return load_config(arguments)
 
@@ -97,7 +100,7 @@ def load_config(arguments: Sequence[str] = ()) -> Config:
     keys = keys_of(Config)
     asked = _argument_layer(arguments, keys)
     layers = [_file_layer(configs_folder() / "base.yaml", keys)]
-    for kind in ("stage", "preset"):
+    for kind in KINDS:
         name, names = asked.values.get(kind, keys[kind].default), names_in(kind)
         if name not in names:
             raise UserError(

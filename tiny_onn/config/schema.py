@@ -203,8 +203,11 @@ class Config:
 
     stage: Literal["pretrain"] = key("pretrain", "training stage")
     preset: Literal["nano", "small", "base"] = key("nano", "size and recipe")
+    network: Literal["sparse", "dense"] = key(
+        "sparse", "which parts it has: sets model.attention, model.ffn and model.deep_embed"
+    )
     seed: int = key(0, "seeds weights, data order and views")
-    out: str = key("runs/${stage}-${preset}", "run folder")
+    out: str = key("runs/${stage}-${preset}-${network}", "run folder")
     resume: bool = key(True, "go on from the run folder's resume checkpoint if there is one")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -95,6 +95,7 @@ def provenance(
         "trained": True,
         **code_version(),
         "stage": config.stage,
+        "network": config.network,
         "preset": config.preset,
         "seed": config.seed,
         "data_sha256": corpus.report.corpus_sha256,
