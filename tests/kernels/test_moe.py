@@ -145,6 +145,16 @@ def test_tokens_and_experts_may_come_in_any_order():
     torch.testing.assert_close(turned, plain[tokens], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "run", [expert_ffn, pytest.param(expert_ffn_grouped, marks=needs_grouped_mm)]
+)
+def test_a_token_that_occurs_again_gets_the_same_row_wherever_it_stands(run):
+    x_NC, mask_NE, weight_NE, *experts = make_inputs(Case(70, 5, 16, 24, "every_k"), torch.float32)
+    twice_M = torch.cat([torch.arange(70), torch.arange(0, 70, 3), torch.tensor([68, 1])])
+    out_MC = run(x_NC[twice_M], mask_NE[twice_M], weight_NE[twice_M], *experts)
+    torch.testing.assert_close(out_MC[70:], out_MC[twice_M[70:]], rtol=1e-5, atol=1e-6)
+
+
 def test_strided_inputs():
     case = Case(18, 3, 8, 8, "every_k")
     x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF = make_inputs(case, torch.float32)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
+from tiny_onn.losses.sdl import sparsity
 from tiny_onn.model.gate import CosineGate, _MeanWeights, unit
 
 WIDTH, EXPERTS = 24, 5
@@ -143,6 +144,29 @@ def test_the_task_reaches_prototype_and_threshold_of_an_expert_that_never_fires(
     (decision.weight_NE * pull_NE).sum().backward()
     assert gate.thresholds.grad[2] != 0
     assert gate.prototypes.grad[2].abs().max() > 0
+
+
+@pytest.mark.parametrize("combine", ["mean", "gated"])
+def test_sdl_lifts_experts_that_never_fire_whatever_the_weights(combine):
+    gate, x_NC = make_gate(combine=combine), tokens()
+    with torch.no_grad():
+        gate.thresholds.fill_(0.9)
+    fires_NE = gate.fires_for_gates(x_NC)
+    assert not fires_NE.any()
+    sparsity(fires_NE.sum().unsqueeze(0) / len(x_NC), target=2.0).backward()
+    assert (gate.thresholds.grad > 0).all()  # a step down the slope lowers them
+    assert (gate.prototypes.grad.abs().amax(dim=1) > 0).all()
+
+
+def test_higher_thresholds_never_activate_more():
+    gate, x_NC = make_gate(), tokens(300)
+    counts = []
+    for level in (-1.5, -0.2, 0.0, 0.1, 0.3, 1.5):
+        with torch.no_grad():
+            gate.thresholds.fill_(level)
+        counts.append(gate(x_NC).runs_NE.sum(dim=0))
+    assert all((more >= fewer).all() for more, fewer in zip(counts, counts[1:], strict=False))
+    assert (counts[0] == 300).all() and (counts[-1] == 0).all()
 
 
 def test_gated_weights_come_and_go_without_a_jump_and_have_an_exact_gradient():

@@ -168,6 +168,9 @@ def test_what_was_saved_goes_on_bit_for_bit_in_the_middle_of_a_window():
     saved = cut.reset.snapshot()
     gone_on = Scene(restored=saved)
     for number in range(4, 6):
+        for name, value in whole.reset.snapshot().items():
+            assert torch.equal(value, gone_on.reset.snapshot()[name]), name
+        assert whole.reset.snapshot()["_active_LE"].sum() > 0  # in the middle of a window
         whole.step(number, IDLE)
         gone_on.step(number, IDLE)
     assert whole.reset.resets_LE.sum() == 1
