@@ -83,3 +83,10 @@ def test_the_log_tells_of_the_steps_since_the_last_line():
     assert (metrics["sdl/sparsity"], metrics["sdl/diversity"]) == (1.5, 0.5)
     assert monitor.take_metrics() == {}
     assert monitor.take_pairs() == 2 * (3 + 1) and monitor.take_pairs() == 0
+
+
+def test_the_log_says_nothing_of_an_sdl_that_is_off():
+    monitor = RoutingMonitor()
+    monitor.add(gather_routing([entry(0, FIRST, 3)]).detached(), None)
+    metrics = monitor.take_metrics()
+    assert "moe/active_0" in metrics and not any(name.startswith("sdl/") for name in metrics)

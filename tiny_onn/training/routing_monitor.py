@@ -20,12 +20,15 @@ class RoutingMonitor:
         self._steps = 0
         self._pairs: Tensor | int = 0
         self._sums: list[Tensor] = []
+        self._sdl: Tensor | None = None
         self._thresholds_LE: Tensor | None = None
 
     def add(self, step: StepRouting, sdl: SDLTerms | None) -> None:
         """One more step; ``sdl`` is None where SDL is off."""
-        terms = torch.zeros(2) if sdl is None else torch.stack(list(sdl))
-        new = [step.active_LE, step.tokens_L, step.none_L, terms]
+        if sdl is not None:
+            terms = torch.stack(list(sdl))
+            self._sdl = terms if self._sdl is None else self._sdl + terms
+        new = [step.active_LE, step.tokens_L, step.none_L]
         self._sums = [a + b for a, b in zip(self._sums, new, strict=True)] if self._sums else new
         self._pairs = self._pairs + step.pairs_L.sum()
         self._thresholds_LE, self._layers = step.thresholds_LE, step.layers
@@ -40,11 +43,12 @@ class RoutingMonitor:
         """What the log says of the steps since the last call; {} without any. Waits.
 
         By layer: mean active experts, share of tokens with none, experts that fired for no token,
-        thresholds, and every expert's share of the tokens (the load histogram).
+        thresholds, and every expert's share of the tokens (the load histogram). SDL's terms, unless
+        it is off: then nobody has looked, and 0 would say that all is at its target.
         """
         if not self._steps:
             return {}
-        active_LE, tokens_L, none_L, terms = (t.double().cpu() for t in self._sums)
+        active_LE, tokens_L, none_L = (t.double().cpu() for t in self._sums)
         load_LE = active_LE / tokens_L.clamp(min=1).unsqueeze(1)
         metrics: dict[str, float] = {}
         for row, layer in enumerate(self._layers):
@@ -59,7 +63,8 @@ class RoutingMonitor:
             }
             for expert, share in enumerate(load_LE[row].tolist()):
                 metrics[f"moe/load_{layer}_{expert}"] = share
-        sparsity, diversity = (terms / self._steps).tolist()
-        metrics |= {"sdl/sparsity": sparsity, "sdl/diversity": diversity}
-        self._sums, self._steps = [], 0
+        if self._sdl is not None:
+            sparsity, diversity = (self._sdl / self._steps).tolist()
+            metrics |= {"sdl/sparsity": sparsity, "sdl/diversity": diversity}
+        self._sums, self._sdl, self._steps = [], None, 0
         return metrics
