@@ -5,6 +5,7 @@ import torch
 
 from tiny_onn.losses.sdl import SDLTerms
 from tiny_onn.model.dyn_moe import Routing
+from tiny_onn.training import routing
 from tiny_onn.training.routing import gather_routing
 from tiny_onn.training.routing_monitor import RoutingMonitor
 
@@ -51,6 +52,25 @@ def test_the_mean_has_a_gradient_for_every_real_pair_and_no_other():
     assert one.fires_NE.grad.tolist() == [[pytest.approx(1 / 3)] * E] * 3 + [[0.0] * E]
 
 
+def test_the_processes_gradients_average_to_that_of_one_process(monkeypatch):
+    """Without a launcher: the other's counts are added where a collective call would."""
+    pooled = entry(0, FIRST[:3] + SECOND, 5)
+    halves = entry(0, FIRST, 3), entry(0, SECOND, 2)
+    alone = gather_routing([pooled])
+    alone.sdl(target=2.0).sparsity.backward()
+    monkeypatch.setattr(routing.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(routing.dist, "get_world_size", lambda: 2)
+    for mine, other in (halves, halves[::-1]):
+        others = routing._count([other]).unsqueeze(0)
+        monkeypatch.setattr(routing.dist, "all_reduce", lambda counts, o=others: counts.add_(o))
+        both = gather_routing([mine])
+        assert torch.equal(both.active_LE, alone.active_LE)
+        assert torch.equal(both.mean_active_L, alone.mean_active_L)
+        both.sdl(target=2.0).sparsity.backward()
+    gradient_NE = torch.cat([halves[0].fires_NE.grad[:3], halves[1].fires_NE.grad]) / 2
+    torch.testing.assert_close(gradient_NE, pooled.fires_NE.grad)
+
+
 def test_samples_are_spread_over_the_real_rows_in_float32():
     step = gather_routing([entry(0, FIRST, 3), entry(1, SECOND, 1)], samples=2)
     assert step.samples_LSC.dtype == torch.float32
@@ -59,11 +79,11 @@ def test_samples_are_spread_over_the_real_rows_in_float32():
 
 
 def test_used_experts_are_those_that_fired():
-    routing = entry(0, [[1, 1, 0]], 1)
-    object.__setattr__(routing, "gram_EE", torch.ones(E, E))
-    assert float(gather_routing([routing]).sdl(target=2.0).diversity) == 1.0
-    object.__setattr__(routing, "fires_NE", torch.tensor([[1.0, 0.0, 0.0]]))
-    assert float(gather_routing([routing]).sdl(target=2.0).diversity) == 0.0
+    one = entry(0, [[1, 1, 0]], 1)
+    object.__setattr__(one, "gram_EE", torch.ones(E, E))
+    assert float(gather_routing([one]).sdl(target=2.0).diversity) == 1.0
+    object.__setattr__(one, "fires_NE", torch.tensor([[1.0, 0.0, 0.0]]))
+    assert float(gather_routing([one]).sdl(target=2.0).diversity) == 0.0
 
 
 def test_the_log_tells_of_the_steps_since_the_last_line():
