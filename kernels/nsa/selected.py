@@ -49,9 +49,9 @@ def invert_index(index_NKn: Tensor, layout: NsaLayout) -> InverseIndex:
     first_N11 = layout.selectable.blocks.first_B[layout.doc_N][:, None, None]
     key_NKn = index_NKn + first_N11 + head_K1 * num_blocks
     key_P = torch.where(index_NKn < 0, kv_heads * num_blocks, key_NKn).flatten()
-    count_Z = key_P.bincount(minlength=kv_heads * num_blocks + 1)[:-1]
-    offset_Z1 = torch.cat([count_Z.new_zeros(1), count_Z.cumsum(0)])
-    return InverseIndex(key_P.argsort(stable=True), offset_Z1)
+    key_P, pair_P = key_P.sort(stable=True)
+    block_Z1 = torch.arange(kv_heads * num_blocks + 1, device=key_P.device)
+    return InverseIndex(pair_P, torch.searchsorted(key_P, block_Z1))  # bincount would wait
 
 
 @dataclass(frozen=True)
