@@ -23,15 +23,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def small_checkpoint(tmp_path):
-    """``small_checkpoint(folder)``: an untrained dense network of two small tasks, saved there."""
+    """``small_checkpoint(folder)``: an untrained network of two small tasks, saved there; dense
+    unless ``model`` (settings of ModelConfig), ``moe`` and ``nsa`` say otherwise."""
     import numpy as np
 
     from tiny_onn.arc.corpus import build_corpus
-    from tiny_onn.config.schema import Config, DataConfig, ModelConfig
+    from tiny_onn.config.schema import Config, DataConfig, ModelConfig, MoeConfig, NsaConfig
     from tiny_onn.model.checkpoint import load_model, save_checkpoint
     from tiny_onn.model.tiny_onn import build_model
 
-    def build(folder):
+    def build(folder, moe=None, nsa=None, **model):
         tasks = tmp_path / "small_tasks"
         tasks.mkdir(exist_ok=True)
         for name, width in (("aaaa0001", 2), ("aaaa0002", 3)):
@@ -42,9 +43,15 @@ def small_checkpoint(tmp_path):
             (tasks / f"{name}.json").write_text(json.dumps(task))
         data = DataConfig(sources=[], extra_dirs=[str(tasks)], holdout="train_tests")
         sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_width": 8}
-        config = Config(out="run", data=data, model=ModelConfig(**sizes, ffn_width=24))
+        config = Config(
+            out="run",
+            data=data,
+            model=ModelConfig(**sizes, ffn_width=24, **model),
+            moe=moe or MoeConfig(),
+            nsa=nsa or NsaConfig(),
+        )
         corpus = build_corpus(data)
-        model = build_model(config.model, len(corpus.task_ids))
+        model = build_model(config.model, len(corpus.task_ids), config.moe, config.nsa)
         save_checkpoint(folder, model, config, corpus.task_ids, {})
         return load_model(folder)
 

@@ -17,7 +17,7 @@ from table import EXPERIMENT
 from tiny_onn.arc.corpus import build_corpus
 from tiny_onn.inference.prompt import encode_query
 from tiny_onn.inspect.experts import expert_stats
-from tiny_onn.inspect.parameters import active_parameters
+from tiny_onn.inspect.parameters import active_parameters, total_parameters
 from tiny_onn.model.checkpoint import Loaded, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,9 +63,10 @@ def measure_experts(loaded: Loaded) -> dict[str, Any]:
         for example in (*corpus.examples, *corpus.holdout)
     ]
     stats = expert_stats(loaded.model, documents)
-    active = {} if stats is None else stats.mean_active()
+    active, run = ({}, {}) if stats is None else (stats.mean_active(), stats.mean_run())
     found: dict[str, Any] = {
-        "active_parameters": round(active_parameters(loaded.model, active)),
+        "parameters": total_parameters(loaded.model),
+        "active_parameters": round(active_parameters(loaded.model, run)),
         "experts": None,
         "mean_active_experts": None,
         "dead_experts": None,
@@ -126,7 +127,6 @@ def result_of(
         "minutes_command": round(max(seconds, facts["seconds"]) / 60, 3),
         "tokens_per_s": steady_rate(lines),
         "tokens_per_s_with_startup": round(facts["tokens"] / facts["seconds"], 1),
-        "parameters": facts["parameters"],
         "table_parameters": facts["table_parameters"],
         **measure_experts(loaded),
         "reborn_experts": total_resets(lines),

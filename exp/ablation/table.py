@@ -101,9 +101,14 @@ def against_dense(group: Sequence[Result], dense: Sequence[Result]) -> list[floa
 def rows(results: Sequence[Result]) -> list[list[str]]:
     """The cells of the table, a line for each arm under each budget."""
     groups = grouped(results)
-    return [
-        _row(key, group, groups.get((*key[:2], "dense", ""), [])) for key, group in groups.items()
-    ]
+    return [_row(key, group, _dense_of(key, groups)) for key, group in groups.items()]
+
+
+def _dense_of(key: Group, groups: Mapping[Group, list[Result]]) -> list[Result]:
+    """What an arm is compared with: dense under the same tag if it was run, else the preset's."""
+    budget, share, arm, tag = key
+    own = [] if arm == "dense" else groups.get((budget, share, "dense", tag), [])
+    return own or groups.get((budget, share, "dense", ""), [])
 
 
 def _row(key: Group, group: Sequence[Result], dense: Sequence[Result]) -> list[str]:
@@ -144,6 +149,7 @@ def notes(results: Sequence[Result]) -> list[str]:
     return [
         f"{len(results)} runs; mean (smallest..largest) over seeds; NLL in nats a token.",
         f"exact match: hold-out outputs decoded freely, one try ({shares}).",
+        "against dense: seed by seed; an arm with a tag, against dense of that tag if it was run.",
         "threads x jobs: threads of a run x runs at once; only runs of equal ones are compared.",
         f"commit {several('commit')}",
         f"device {several('device')}; torch {several('torch')}",

@@ -20,12 +20,11 @@ from torch import Tensor
 from tiny_onn_kernels.nsa.layout import TILE, Cover, NsaLayout, token_visible
 from tiny_onn_kernels.nsa.tile_attention import (
     Take,
+    any_visible,
     attention_adjoint,
-    exponentials,
     full_precision,
     gather_sum,
     masked_scores,
-    normalised,
     scaled,
     wide_dtype,
 )
@@ -50,9 +49,9 @@ def invert_index(index_NKn: Tensor, layout: NsaLayout) -> InverseIndex:
     first_N11 = layout.selectable.blocks.first_B[layout.doc_N][:, None, None]
     key_NKn = index_NKn + first_N11 + head_K1 * num_blocks
     key_P = torch.where(index_NKn < 0, kv_heads * num_blocks, key_NKn).flatten()
-    count_Z = key_P.bincount(minlength=kv_heads * num_blocks + 1)[:-1]
-    offset_Z1 = torch.cat([count_Z.new_zeros(1), count_Z.cumsum(0)])
-    return InverseIndex(key_P.argsort(stable=True), offset_Z1)
+    key_P, pair_P = key_P.sort(stable=True)
+    block_Z1 = torch.arange(kv_heads * num_blocks + 1, device=key_P.device)
+    return InverseIndex(pair_P, torch.searchsorted(key_P, block_Z1))  # bincount would wait
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,11 @@ def total_lse(lse_AnG: Tensor) -> Tensor:
     return lse_AnG.logsumexp(dim=1)
 
 
+def share_of(lse_XG: Tensor, total_XG: Tensor) -> Tensor:
+    """Weight of a pair among its token's: exp(lse - total), 0 where there is no key at all."""
+    return (lse_XG - total_XG.masked_fill(total_XG == -torch.inf, torch.inf)).exp()
+
+
 class _PairAttention(torch.autograd.Function):
     """Attention of A = N * K scaled queries (A, G, D), each to the blocks it chose.
 
@@ -117,30 +121,33 @@ class _PairAttention(torch.autograd.Function):
     ) -> Tensor:
         q = q_AGD.index_select(0, chooser_X).unflatten(0, visible_SRL.shape[:2])
         k, v = k_ZLD.index_select(0, block_S), v_ZLE.index_select(0, block_S)
-        weights, peak, total = exponentials(masked_scores(q, k, visible_SRL))
-        lse_XG1 = (peak + total.log()).flatten(0, 1)
-        lse_AnG = lse_XG1.squeeze(-1).index_select(0, place_An.flatten())
-        lse_AG = total_lse(lse_AnG.unflatten(0, place_An.shape))
-        scale_XG1 = normalised(lse_XG1, lse_AG.index_select(0, chooser_X))
-        scale_XG1.div_(total.clamp(min=1).flatten(0, 1))  # at least 1 wherever a key is visible
+        scores = masked_scores(q, k, visible_SRL)
+        peak_SRG1 = scores.amax(dim=-1, keepdim=True)
+        weights = scores.softmax(dim=-1)
+        lse_SRG1 = peak_SRG1 - weights.amax(dim=-1, keepdim=True).log()  # e^(peak - lse) = max
+        lse_SRG1 = torch.where(any_visible(visible_SRL), lse_SRG1, -torch.inf)
+        lse_XG = lse_SRG1.squeeze(-1).flatten(0, 1)
+        lse_AnG = lse_XG.index_select(0, place_An.flatten()).unflatten(0, place_An.shape)
+        share_XG1 = share_of(lse_XG, total_lse(lse_AnG).index_select(0, chooser_X)).unsqueeze(-1)
         part_XGE = (weights.flatten(1, 2) @ v).unflatten(1, q.shape[1:3]).flatten(0, 1)
-        out_AGE = gather_sum(part_XGE.mul_(scale_XG1), place_An)
+        out_AGE = gather_sum(part_XGE.mul_(share_XG1), place_An)
         ctx.save_for_backward(
-            q_AGD, k_ZLD, v_ZLE, visible_SRL, block_S, chooser_X, place_An, out_AGE, lse_AG
+            q_AGD, k_ZLD, v_ZLE, visible_SRL, block_S, chooser_X, place_An, out_AGE, share_XG1
         )
         return out_AGE
 
     @staticmethod
     def backward(ctx: Any, grad_AGE: Tensor):
         q_AGD, k_ZLD, v_ZLE, visible_SRL, block_S, chooser_X, place_An, *results = ctx.saved_tensors
-        out_AGE, lse_AG = results
+        out_AGE, share_XG1 = results
         delta_AG = (grad_AGE * out_AGE).sum(dim=-1)
-        q, grad_out, delta, lse = (
+        q, grad_out, delta = (
             t.index_select(0, chooser_X).unflatten(0, visible_SRL.shape[:2])
-            for t in (q_AGD, grad_AGE, delta_AG, lse_AG)
+            for t in (q_AGD, grad_AGE, delta_AG)
         )
         k, v = k_ZLD.index_select(0, block_S), v_ZLE.index_select(0, block_S)
-        weights = normalised(masked_scores(q, k, visible_SRL), lse)
+        weights = masked_scores(q, k, visible_SRL).softmax(dim=-1)
+        weights.mul_(share_XG1.unflatten(0, visible_SRL.shape[:2]))
         grad_q, grad_k, grad_v = attention_adjoint(grad_out, q, k, v, weights, delta)
         return (
             gather_sum(grad_q.flatten(0, 1), place_An),

@@ -96,6 +96,22 @@ def test_runs_that_share_the_machine_otherwise_are_rows_of_their_own(table):
     assert "threads of a run x runs at once" in table.render(results)
 
 
+def test_a_tagged_arm_is_compared_with_dense_of_its_tag_if_there_is_one(table):
+    results = [
+        result(nll=0.5),
+        result(nll=0.7, tag="wide"),
+        result("nsa", nll=0.8, tag="wide"),
+        result("nsa", nll=0.8, tag="w16"),
+    ]
+    rows = {row["arm"]: row["against dense"] for row in cells(table, results)}
+    assert rows == {
+        "dense": "",
+        "dense (wide)": "+0.200",
+        "+NSA (wide)": "+0.100",
+        "+NSA (w16)": "+0.300",
+    }
+
+
 def test_without_dense_there_is_no_distance(table):
     (row,) = cells(table, [result("nsa")])
     assert row["against dense"] == ""

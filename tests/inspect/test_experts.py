@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tiny_onn.arc.task import Pair
-from tiny_onn.arc.tokens import NEWLINE, encode_pair
+from tiny_onn.arc.tokens import NEWLINE, SEP, encode_pair
 from tiny_onn.inspect.experts import batches, expert_stats
 from tiny_onn.inspect.kinds import KIND_NAMES
 
@@ -35,7 +35,12 @@ class Routed(nn.Module):
         tokens = batch.tokens_N
         fires = torch.stack([tokens == 1, tokens == NEWLINE, tokens < 0], dim=1)
         entries = [
-            SimpleNamespace(layer=n, fires_NE=fires.float(), thresholds_E=torch.full((3,), n / 10))
+            SimpleNamespace(
+                layer=n,
+                fires_NE=fires.float(),
+                runs_NE=fires | (tokens == SEP)[:, None],  # a fallback to all three
+                thresholds_E=torch.full((3,), n / 10),
+            )
             for n in (3, 1, 3)
         ]
         return SimpleNamespace(routing=tuple(entries))
@@ -59,6 +64,7 @@ def test_loads_dead_experts_and_tokens_without_any():
     stats = expert_stats(Routed(), DOCUMENTS)
     np.testing.assert_allclose(stats.load_LE(), [[4 / 19, 6 / 19, 0]] * 2)
     assert stats.mean_active() == pytest.approx({1: 10 / 19, 3: 10 / 19})
+    assert stats.mean_run() == pytest.approx({1: 16 / 19, 3: 16 / 19})  # 2 SEP x 3 experts more
     assert stats.dead_LE.tolist() == [[False, False, True]] * 2
     assert (stats.num_dead, stats.num_experts) == (2, 6)
     assert stats.none_share() == pytest.approx(9 / 19)

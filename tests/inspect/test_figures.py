@@ -25,7 +25,9 @@ def stats():
     fired[:, :, 0] = tokens
     fired[:, 3, 1] = 5
     fired[0, 4, 2] = 2
-    return ExpertStats((0, 2), fired, tokens, np.array([0, 24]), np.zeros((2, 3)))
+    return ExpertStats(
+        (0, 2), fired, tokens, np.array([0, 24]), np.array([9, 9]), np.full((2, 3), 0.25)
+    )
 
 
 def texts(figure):
@@ -35,7 +37,7 @@ def texts(figure):
 def test_the_load_figure_names_dead_experts_and_means(stats):
     figure = figures.draw_load(stats)
     found = texts(figure)
-    assert found.count("dead") == 1 and "100" in found
+    assert found.count("dead\n(0.25)") == 1 and "100\n(0.25)" in found
     assert any("1.03, none: 0.0%" in text for text in found)
     assert any("none: 10.0%" in text for text in found)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]

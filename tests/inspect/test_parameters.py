@@ -1,9 +1,7 @@
 import pytest
-import torch
-from torch import nn
 
-from tiny_onn.config.schema import ModelConfig
-from tiny_onn.inspect.parameters import active_parameters
+from tiny_onn.config.schema import DeepEmbedConfig, ModelConfig, MoeConfig, NsaConfig
+from tiny_onn.inspect.parameters import active_parameters, total_parameters
 from tiny_onn.model.tiny_onn import build_model
 
 
@@ -17,23 +15,29 @@ def test_a_dense_network_has_all_parameters_active_but_the_other_rows_of_its_tab
     assert active_parameters(model, {}) == pytest.approx(total(model) - idle)
 
 
-def test_experts_count_by_how_many_are_active_and_gates_whole():
-    ffn = nn.Module()
-    ffn.experts, ffn.gate = nn.Module(), nn.Module()
-    ffn.experts.down = nn.Parameter(torch.zeros(4, 3, 5))
-    ffn.gate.prototypes = nn.Parameter(torch.zeros(4, 3))
-    block, model = nn.Module(), nn.Module()
-    block.ffn = ffn
-    model.blocks = nn.ModuleList([nn.Module(), block])
-    assert active_parameters(model, {1: 1.5}) == pytest.approx(1.5 * 15 + 12)
+def sparse_model(store="dense"):
+    deep = DeepEmbedConfig(keys=["token", "task"], form="1x", store=store, task_rank=3)
+    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_width": 8}
+    config = ModelConfig(**sizes, attention="nsa", ffn="dynmoe", deep_embed=deep)
+    return build_model(config, 7, MoeConfig(experts=4, expert_width=5, every=2), NsaConfig())
 
 
-def test_a_deep_embed_table_counts_one_row_and_its_basis_whole():
-    model = nn.Module()
-    model.deep_embed = nn.Module()
-    model.deep_embed.tables = nn.ModuleDict({"token": nn.Module()})
-    table = model.deep_embed.tables["token"]
-    table.rows = nn.Module()
-    table.rows.weight = nn.Parameter(torch.zeros(14, 2, 6))
-    table.basis = nn.Parameter(torch.zeros(2, 6, 24))
-    assert active_parameters(model, {}) == pytest.approx(12 + 2 * 6 * 24)
+def test_experts_count_by_how_many_run_and_gates_and_bases_whole():
+    """Experts are in the last of two blocks; tokens have 14 rows of 2 layers x 16 numbers, tasks
+    7 rows of 2 x 3 and a basis."""
+    model = sparse_model()
+    expert = 2 * 5 * 16 + 16 * 5
+    idle_rows = (7 - 1) * 16 + (8 - 1) * 16 + (14 - 1) * 16  # tasks, views, tokens
+    idle_rows += (14 - 1) * 2 * 16 + (7 - 1) * 2 * 3
+    assert total_parameters(model) == total(model)
+    expected = total(model) - idle_rows - (4 - 1.5) * expert
+    assert active_parameters(model, {1: 1.5}) == pytest.approx(expected)
+
+
+def test_tables_in_files_count_as_those_in_memory():
+    dense, in_files = sparse_model(), sparse_model("memmap")
+    assert total(in_files) == total(dense) - 14 * 2 * 16
+    assert total_parameters(in_files) == total_parameters(dense)
+    assert active_parameters(in_files, {1: 2.0}) == pytest.approx(
+        active_parameters(dense, {1: 2.0})
+    )

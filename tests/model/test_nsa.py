@@ -17,7 +17,7 @@ from tiny_onn.losses.language import output_nll
 from tiny_onn.model import nsa as nsa_module
 from tiny_onn.model import tiny_onn
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
-from tiny_onn.model.nsa_plan import NsaPlan, SparseDocuments, plan_nsa
+from tiny_onn.model.nsa_plan import NsaPlan, Split, plan_nsa
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.datamodule import prepare
 from tiny_onn.training.optim import build_optimizer
@@ -53,53 +53,16 @@ def documents(shapes=SHAPES):
     return [encode_pair(pair, task=i, view=i % 8) for i, pair in enumerate(pairs)]
 
 
-def cut(doc, length):
-    return replace(
-        doc,
-        tokens=doc.tokens[:length],
-        positions=doc.positions[:length],
-        prefix_len=min(doc.prefix_len, length),
-    )
-
-
-def decode_from(model, docs, cuts):
-    """(document, position, logits) of every step after prompts of ``cuts`` tokens, rows leaving
-    when they are done."""
-    batch = pack([cut(doc, n) for doc, n in zip(docs, cuts, strict=True)])
-    logits, cache = model.prefill(batch, max_new_tokens=100)
-    alive = [(i, cuts[i]) for i in batch.order]
-    while alive:
-        yield from ((i, at - 1, row) for (i, at), row in zip(alive, logits, strict=True))
-        rows = [r for r, (i, at) in enumerate(alive) if at < len(docs[i].tokens) - 1]
-        if len(rows) < len(alive):
-            cache.keep(torch.tensor(rows, dtype=torch.long))
-            alive = [alive[r] for r in rows]
-        if not alive:
-            return
-        tokens = torch.tensor([int(docs[i].tokens[at]) for i, at in alive])
-        positions = torch.tensor(np.stack([docs[i].positions[at] for i, at in alive]))
-        logits = model.step(tokens, positions, cache)
-        alive = [(i, at + 1) for i, at in alive]
-
-
-def assert_decoding_is_parallel(model, docs, cuts):
-    with torch.no_grad():
-        parallel = [model(pack([doc])).logits_MV for doc in docs]
-    steps = 0
-    for i, position, logits in decode_from(model, docs, cuts):
-        torch.testing.assert_close(logits, parallel[i][position], rtol=1e-8, atol=1e-8)
-        steps += 1
-    assert steps == sum(len(d.tokens) - n for d, n in zip(docs, cuts, strict=True))
-
-
 @pytest.mark.parametrize(("changes", "nsa"), VARIANTS, ids=str)
-def test_decoding_equals_the_parallel_forward(changes, nsa):
+def test_decoding_equals_the_parallel_forward(changes, nsa, assert_decoding_is_parallel):
     docs = documents()
     assert_decoding_is_parallel(tiny_model(changes, nsa), docs, [d.prefix_len for d in docs])
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 5, 6, 7, 8, 12, 13])
-def test_a_prompt_may_end_anywhere_between_blocks_strides_and_windows(first):
+def test_a_prompt_may_end_anywhere_between_blocks_strides_and_windows(
+    first, assert_decoding_is_parallel
+):
     model = tiny_model({"mask": "causal", "layers": 1})
     docs = [documents()[3]] * 3
     assert_decoding_is_parallel(model, docs, [first, first + 1, first + 20])
@@ -168,17 +131,31 @@ def test_whatever_stands_in_padding_rows_is_never_read():
         assert tensor.grad.isfinite().all() and (tensor.grad[-rows:] == 0).all()
 
 
+# Documents of 6, 23, 42 and 42 tokens: the settings stand just below, at and above some of them.
 @pytest.mark.parametrize("mask", ["prefix", "causal"])
-@pytest.mark.parametrize("nsa", [{}, {"select_count": 40, "window": 100}, {"select_count": 10}])
-def test_dense_dispatch_changes_no_value_and_no_gradient(mask, nsa):
-    model, batch = tiny_model({"mask": mask}, nsa), pack(documents())
+@pytest.mark.parametrize("kv", ["shared", "per_branch"])
+@pytest.mark.parametrize(
+    "nsa",
+    [
+        {},
+        {"select_count": 40, "window": 100},
+        {"select_count": 8, "window": 22},
+        {"select_count": 7, "window": 23},
+        {"select_count": 14, "window": 41},
+        {"select_count": 13, "window": 42},
+    ],
+    ids=str,
+)
+def test_dense_dispatch_changes_no_value_and_no_gradient(mask, kv, nsa):
+    settings = nsa | {"kv": kv}
+    model, batch = tiny_model({"mask": mask, "kv_heads": 2}, settings), pack(documents())
+    assert sorted(batch.layout.lengths) == [6, 23, 42, 42]
     found = []
     for dense in (True, False):
         attention, projected, context = attention_inputs(model, batch)
         if not dense:
             layout = context.attend.layout
-            sparse = SparseDocuments(layout, None)
-            context.attend = NsaPlan(layout, 0, sparse, None, None, None, None)
+            context.attend = NsaPlan(layout, 0, Split(layout), Split(layout), False)
         leaves = [t.detach().requires_grad_() for t in projected]
         out = attention.attend(*leaves, context)
         found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
@@ -186,7 +163,20 @@ def test_dense_dispatch_changes_no_value_and_no_gradient(mask, nsa):
         torch.testing.assert_close(got, want)
 
 
-def test_only_documents_that_the_blocks_cover_are_dispatched_densely():
+@pytest.mark.parametrize(
+    ("nsa", "planned_limits", "selected_above", "window_above"),
+    [
+        ({}, [12], 12, 7),  # what the window reads in full, n l' = 12 tokens cover too
+        ({"kv": "per_branch"}, [12, 7], 12, 7),
+        ({"window": 33}, [12, 33], 12, 33),
+        ({"select_count": 99}, [99], None, 7),
+        ({"select_count": 99, "window": 99}, [99], None, None),
+    ],
+    ids=str,
+)
+def test_a_branch_reads_the_documents_that_it_covers_in_full_and_only_those(
+    nsa, planned_limits, selected_above, window_above
+):
     model, batch = tiny_model(), pack(documents())
     lengths = batch.layout.lengths
     planned = []
@@ -195,16 +185,16 @@ def test_only_documents_that_the_blocks_cover_are_dispatched_densely():
         planned.append(spans.lengths)
         return model._plan_documents(spans)
 
-    plan = plan_nsa(model._spans(batch.layout), SMALL, plan_full)
-    assert planned == [tuple(n for n in lengths if n <= 12)]
-    assert plan.sparse.layout.lengths == tuple(n for n in lengths if n > 12)
-    assert 0 < len(planned[0]) < len(lengths) and plan.window is None
-    planned.clear()
-    plan = plan_nsa(model._spans(batch.layout), replace(SMALL, select_count=99), plan_full)
-    assert planned == [lengths] and plan.sparse is None
+    plan = plan_nsa(model._spans(batch.layout), replace(SMALL, **nsa), plan_full)
+    assert planned == [tuple(n for n in lengths if n <= limit) for limit in planned_limits]
+    for split, limit in ((plan.selected, selected_above), (plan.window, window_above)):
+        if limit is None:
+            assert split.layout is None
+        else:
+            assert split.layout.lengths == tuple(n for n in lengths if n > limit)
 
 
-def test_a_step_reads_compressed_chosen_and_window_keys_only(monkeypatch):
+def test_a_step_reads_compressed_chosen_and_window_keys_only(monkeypatch, decode_from):
     model, doc = tiny_model({"mask": "causal"}), documents([((9, 9), (9, 9))])[0]
     cut_at, reads = 100, []
 
@@ -222,14 +212,14 @@ def test_a_step_reads_compressed_chosen_and_window_keys_only(monkeypatch):
         assert per_layer == [compressed, SMALL.select_count * SMALL.select_block, SMALL.window]
 
 
-def test_a_step_does_not_look_at_keys_outside_its_choice():
+def test_a_step_does_not_look_at_keys_outside_its_choice(cut):
     model, doc = tiny_model({"mask": "causal", "layers": 1}), documents([((9, 9), (9, 9))])[0]
     with torch.no_grad():
         logits = []
         for poison in (False, True):
             _, cache = model.prefill(pack([cut(doc, 100)]), 4)
             if poison:  # blocks of old tokens that this step did not choose
-                chosen = recorded_choice(model, cache, doc)
+                chosen = recorded_choice(model, pack([cut(doc, 100)]), doc)
                 for block in set(range(30)) - chosen:
                     for store in (cache.keys, cache.values):
                         store[0][:, :, block * 3 : block * 3 + 3] = torch.nan
@@ -238,7 +228,7 @@ def test_a_step_does_not_look_at_keys_outside_its_choice():
     torch.testing.assert_close(*logits)
 
 
-def recorded_choice(model, cache, doc):
+def recorded_choice(model, prompt, doc):
     """Blocks that a step from a copy of this prompt chooses."""
     chosen = set()
     right = nsa_module.nsa.choose_blocks
@@ -250,7 +240,7 @@ def recorded_choice(model, cache, doc):
 
     nsa_module.nsa.choose_blocks = record
     try:
-        _, other = model.prefill(pack([cut(doc, 100)]), 4)
+        _, other = model.prefill(prompt, 4)
         chosen.clear()
         token = torch.tensor([int(doc.tokens[100])])
         model.step(token, torch.tensor(doc.positions[100:101]), other)
@@ -259,7 +249,7 @@ def recorded_choice(model, cache, doc):
     return chosen
 
 
-def test_compressed_keys_are_computed_once_by_the_step_that_completes_a_block(monkeypatch):
+def test_compressed_keys_are_computed_once_by_the_step_that_completes_a_block(monkeypatch, cut):
     model = tiny_model({"layers": 1})
     docs = documents()[2:]
     blocks = []
@@ -281,7 +271,7 @@ def test_compressed_keys_are_computed_once_by_the_step_that_completes_a_block(mo
 
 
 @pytest.mark.parametrize("fault", ["window", "blocks", "compressed", "scores"])
-def test_a_fault_in_the_step_alone_is_noticed(fault, monkeypatch):
+def test_a_fault_in_the_step_alone_is_noticed(fault, monkeypatch, assert_decoding_is_parallel):
     if fault == "window":
         right = decode.window_bounds
         monkeypatch.setattr(
@@ -360,7 +350,7 @@ def test_every_parameter_learns_even_from_documents_shorter_than_a_block():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_forward_and_decoding_agree_with_float32(dtype):
+def test_autocast_forward_and_decoding_agree_with_float32(dtype, decode_from):
     model = tiny_model({"kv_heads": 2}).float()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and name.startswith("blocks."):

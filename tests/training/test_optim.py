@@ -41,6 +41,16 @@ def test_groups_hold_what_their_names_say():
     assert all(p.dim() == 1 for p in kinds["vectors"].values())
 
 
+def test_positions_in_a_block_are_embeddings_and_not_matrices_of_one_row():
+    kinds = split_parameters(tiny_model(attention="nsa"))
+    names = {
+        kind: {n.rpartition(".compress_key.")[2] for n in p if ".compress_key." in n}
+        for kind, p in kinds.items()
+    }
+    assert names["embeddings"] == {"position"}
+    assert names["matrices"] == {"inner.weight", "outer.weight"}
+
+
 def test_experts_are_matrices_prototypes_are_embeddings_and_thresholds_are_never_decayed():
     model = tiny_model(ffn="dynmoe")
     kinds = split_parameters(model)
@@ -51,6 +61,7 @@ def test_experts_are_matrices_prototypes_are_embeddings_and_thresholds_are_never
         "vectors": {"gate.thresholds"},
         "deep_embed": set(),
         "tables": set(),
+        "deep_embed": set(),
     }
     optimizer = build_optimizer(model, OptimConfig())
     thresholds = model.expert_layers[0].gate.thresholds

@@ -27,13 +27,15 @@ class ExpertStats:
 
     layers: numbers of the blocks; fired_LQE: int64, tokens of a kind for which an expert fired;
     tokens_LQ: int64, tokens of a kind that the layer saw; none_L: int64, tokens for which nothing
-    fired; thresholds_LE: float64.
+    fired; ran_L: int64, pairs of token and expert that were executed, those of a fallback too;
+    thresholds_LE: float64.
     """
 
     layers: tuple[int, ...]
     fired_LQE: np.ndarray
     tokens_LQ: np.ndarray
     none_L: np.ndarray
+    ran_L: np.ndarray
     thresholds_LE: np.ndarray
 
     @property
@@ -60,8 +62,13 @@ class ExpertStats:
         return np.where(tokens_LQ1 > 0, self.fired_LQE / np.maximum(tokens_LQ1, 1), np.nan)
 
     def mean_active(self) -> dict[int, float]:
-        """Mean number of experts a token, by layer."""
+        """Mean number of experts that fire for a token, by layer."""
         return dict(zip(self.layers, self.load_LE().sum(axis=1).tolist(), strict=True))
+
+    def mean_run(self) -> dict[int, float]:
+        """Mean number of experts that run for a token, by layer: what it costs."""
+        means_L = self.ran_L / self.tokens_LQ.sum(axis=1)
+        return dict(zip(self.layers, means_L.tolist(), strict=True))
 
     def none_share_L(self) -> np.ndarray:
         """Share of the tokens for which nothing fired, by layer."""
@@ -78,7 +85,8 @@ def expert_stats(
     """Statistics of ``documents``; None for a network without experts.
 
     The model leaves its routing in ``ModelOutput.routing``: for every layer of experts, in the
-    order in which they ran, an object with ``layer``, ``fires_NE`` and ``thresholds_E``.
+    order in which they ran, an object with ``layer``, ``fires_NE``, ``runs_NE`` and
+    ``thresholds_E``.
     """
     counts: dict[int, list[np.ndarray]] = {}
     thresholds: dict[int, np.ndarray] = {}
@@ -95,12 +103,13 @@ def expert_stats(
             counts[entry.layer] = [a + b for a, b in zip(old, new, strict=True)]
             thresholds[entry.layer] = entry.thresholds_E.double().cpu().numpy()
     layers = tuple(sorted(counts))
-    fired, tokens, none = (np.stack([counts[n][part] for n in layers]) for part in range(3))
-    return ExpertStats(layers, fired, tokens, none, np.stack([thresholds[n] for n in layers]))
+    parts = (np.stack([counts[n][part] for n in layers]) for part in range(4))
+    return ExpertStats(layers, *parts, np.stack([thresholds[n] for n in layers]))
 
 
 def _count(entry: Any, kind_N: Tensor) -> list[np.ndarray]:
-    """fired (Q, E), tokens (Q,) and tokens for which nothing fired, of one layer's forward."""
+    """fired (Q, E), tokens (Q,), tokens for which nothing fired, and pairs that ran, of one
+    layer's forward."""
     fires_NE = entry.fires_NE > 0
     fired_QE = torch.zeros(
         len(KIND_NAMES), fires_NE.shape[1], dtype=torch.int64, device=fires_NE.device
@@ -108,7 +117,7 @@ def _count(entry: Any, kind_N: Tensor) -> list[np.ndarray]:
     fired_QE.index_add_(0, kind_N, fires_NE.long())
     tokens_Q = kind_N.bincount(minlength=len(KIND_NAMES))
     none = (~fires_NE.any(dim=1)).sum()
-    return [t.cpu().numpy() for t in (fired_QE, tokens_Q, none)]
+    return [t.cpu().numpy() for t in (fired_QE, tokens_Q, none, entry.runs_NE.sum())]
 
 
 def batches(documents: Sequence[Document], batch_tokens: int) -> Iterator[list[Document]]:

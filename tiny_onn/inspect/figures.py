@@ -65,7 +65,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def draw_load(stats: ExpertStats) -> Figure:
-    """Share of the tokens for which each expert fires, and how many fire a token, by layer."""
+    """Share of the tokens for which each expert fires, its threshold, and how many fire for a
+    token, by layer."""
     load_LE = stats.load_LE()
     num_layers, num_experts = load_LE.shape
     figure = new_figure(5 + 0.45 * num_experts, 1.6 + 0.45 * num_layers)
@@ -80,18 +81,21 @@ def draw_load(stats: ExpertStats) -> Figure:
             dead = stats.dead_LE[layer, expert]
             color = "red" if dead else "black" if share > middle else "white"
             text = "dead" if dead else f"{100 * share:.0f}"
+            text += f"\n({stats.thresholds_LE[layer, expert]:.2f})"
             heat.text(expert, layer, text, ha="center", va="center", color=color, size=7)
     heat.set_xlabel("expert")
     heat.set_ylabel("layer")
     heat.set_yticks(range(num_layers), [str(layer) for layer in stats.layers])
-    heat.set_title(f"expert load, % of tokens ({stats.num_dead} of {stats.num_experts} dead)")
+    heat.set_title(
+        f"load, % of tokens (threshold); {stats.num_dead} of {stats.num_experts} dead", size=10
+    )
     active_L = load_LE.sum(axis=1)
     bars.barh(range(num_layers), active_L, color="#4477aa")
     for row, (active, none) in enumerate(zip(active_L, stats.none_share_L(), strict=True)):
         bars.text(active, row, f" {active:.2f}, none: {100 * none:.1f}%", va="center", size=7)
     bars.set_xlim(0, 1.9 * max(active_L.max(), 0.1))
     bars.set_ylim(num_layers - 0.5, -0.5)  # the bars have rescaled the axis that both share
-    bars.set_title("mean active experts")
+    bars.set_title("mean active experts", size=10)
     return figure
 
 
@@ -106,11 +110,11 @@ def draw_kinds(stats: ExpertStats) -> Figure:
         image = panel.imshow(load_QE, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         panel.set_title(f"layer {layer}")
         panel.set_xlabel("expert")
-    panels[0].set_yticks(range(num_kinds), KIND_NAMES)
+    panels[0].set_yticks(range(num_kinds), KIND_NAMES, size=7)
     for label, color in zip(panels[0].get_yticklabels(), KIND_COLORS, strict=True):
         if color is not None:
             ink = "white" if color in (0, 1, 9) else "black"
-            label.set(color=ink, backgroundcolor=PALETTE[color], size=7)
+            label.set(color=ink, backgroundcolor=PALETTE[color])
     figure.colorbar(image, ax=list(panels), label="share of the kind's tokens")
     return figure
 
@@ -156,7 +160,10 @@ def draw_choice(choice: Choice, title: str) -> Figure:
         for panel, query in zip(panels[row], queries, strict=True):
             _draw_grids(panel, canvas, choice.tokens_T, choice.share_ATT[row, query], query)
         panels[row, 0].set_ylabel(f"layer {layer}")
-    figure.suptitle(f"{title}: cells in the blocks that the framed cell chose")
+    figure.suptitle(
+        f"{title}: cells in the blocks that the framed cell chose\n"
+        "full squares: chosen by every key/value head; dots: by none"
+    )
     return figure
 
 

@@ -1,4 +1,4 @@
-"""How many of a network's parameters one token passes."""
+"""How many parameters a network has, and how many of them one token passes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from tiny_onn.model.deep_embed_store import FileRows
 from tiny_onn.model.embedding import RowTable
+
+
+def total_parameters(model: nn.Module) -> int:
+    """All of them, those in DeepEmbed's files too."""
+    in_files = sum(rows * per_row for rows, per_row in _file_tables(model))
+    return in_files + sum(p.numel() for p in model.parameters())
+
+
+def _file_tables(model: nn.Module) -> list[tuple[int, int]]:
+    """Rows, and numbers in a row, of every table that lives in a file."""
+    stores = [m for m in model.modules() if isinstance(m, FileRows)]
+    return [(store.shape[0], store.shape[1] * store.shape[2]) for store in stores]
 
 
 def active_parameters(model: nn.Module, active_experts: Mapping[int, float]) -> float:
@@ -16,11 +29,12 @@ def active_parameters(model: nn.Module, active_experts: Mapping[int, float]) -> 
     experts as many as are active. Gates count whole: every token meets all prototypes.
 
     Args:
-        active_experts: mean number of experts a token, by number of the block.
+        active_experts: mean number of experts that run for a token, by number of the block.
     """
     tables = [m for m in model.modules() if isinstance(m, RowTable | nn.Embedding)]
     table_ids = {id(table.weight) for table in tables}
-    return sum(
+    in_files = sum(per_row for _, per_row in _file_tables(model))
+    return in_files + sum(
         p.numel() * _share(name, p, id(p) in table_ids, active_experts)
         for name, p in model.named_parameters()
     )

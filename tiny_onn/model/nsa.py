@@ -162,17 +162,16 @@ class NativeSparseAttention(nn.Module):
             rotations = (context.cos, context.sin)
             context.cache.fill_compressed(compressed, raw_k_NKD, v_NKD, *rotations, layout)
         compressed_NHD, share_NKC = nsa.compressed_attention(
-            q_NHD, *compressed, layout, want_share=plan.sparse is not None
+            q_NHD, *compressed, layout, want_share=plan.selected.layout is not None
         )
         if share_NKC is not None:
             index_NKn = nsa.select_blocks(share_NKC, layout, self.settings.select_count)
-        selected_NHD = plan.selected(q_NHD, *pairs[0], index_NKn)
-        if plan.window is None:
-            window_NHD = nsa.window_attention(q_NHD, *pairs[-1], layout)
-        elif plan.window is plan.dense and len(pairs) == 1:
-            window_NHD = selected_NHD  # both see everything, with the same keys
-        else:
-            window_NHD = plan.window(q_NHD, *pairs[-1])
+        chosen = () if index_NKn is None else (index_NKn,)
+        selected_NHD = plan.selected.attend(nsa.selected_attention, q_NHD, *pairs[0], *chosen)
+        known_NHD = selected_NHD if plan.window_known else None
+        window_NHD = plan.window.attend(
+            nsa.window_attention, q_NHD, *pairs[-1], known_NHD=known_NHD
+        )
         if self.watch is not None:
             self.watch(gate_NH3.detach(), index_NKn)
         out_NHD = nsa.combine(gate_NH3, compressed_NHD, selected_NHD, window_NHD)

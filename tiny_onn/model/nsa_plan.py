@@ -1,9 +1,10 @@
 """How the documents of one batch attend by NSA: which sparsely, and which branches densely.
 
 Where n l' tokens cover a document, its selected branch is full attention, and so is the window
-where w does: these go to the full-attention back-end, which is faster and equal.
+where w does: these go to the full-attention back-end, which is faster and equal; once for both
+where they share keys.
 
-Shapes: N tokens, B documents.
+Shapes: N tokens, X of them, H query heads, D head width.
 """
 
 from __future__ import annotations
@@ -20,49 +21,55 @@ from tiny_onn.ops import nsa
 
 
 @dataclass(frozen=True)
-class SparseDocuments:
-    """The documents that n l' tokens do not cover.
+class Split:
+    """One branch's documents: those it reads sparsely, and those that it reads in full.
 
-    layout: theirs alone; row_X: their rows among all tokens, None if there are no others.
+    layout: of the sparse ones alone, None if there are none; sparse_row_X, full_row_X: rows of
+    either among all tokens; back_N: puts sparse rows, then full ones, into their order (all three
+    None unless there are both); full: attention of the full ones, None if there are none, or if it
+    is never asked because their output is known.
     """
 
-    layout: nsa.NsaLayout
-    row_X: Tensor | None
+    layout: nsa.NsaLayout | None = None
+    full: Attend | None = None
+    sparse_row_X: Tensor | None = None
+    full_row_X: Tensor | None = None
+    back_N: Tensor | None = None
+
+    def attend(
+        self, sparse: Callable[..., Tensor], *tensors: Tensor, known_NHD: Tensor | None = None
+    ) -> Tensor:
+        """(N, H, D). ``sparse`` takes ``tensors``, queries, keys and values first, and a layout.
+
+        known_NHD: an output that is right for the full documents, which are not computed again.
+        """
+        if self.layout is None:
+            return self.full(*tensors[:3]) if known_NHD is None else known_NHD
+        if self.full_row_X is None:
+            return sparse(*tensors, self.layout)
+        rows = self.sparse_row_X
+        sparse_XHD = sparse(*(t.index_select(0, rows) for t in tensors), self.layout)
+        if known_NHD is None:
+            full_XHD = self.full(*(t.index_select(0, self.full_row_X) for t in tensors[:3]))
+        else:
+            full_XHD = known_NHD.index_select(0, self.full_row_X)
+        return torch.cat([sparse_XHD, full_XHD]).index_select(0, self.back_N)
 
 
 @dataclass(frozen=True)
 class NsaPlan:
     """Made once for a batch, used by all layers.
 
-    layout: of all documents; num_filler: rows after them that attend to nothing; sparse: whose
-    selected branch chooses blocks; dense: full attention for the rest, whose rows are dense_row_X
-    (None: all); back_N: puts sparse rows, then dense ones, into their order; window: full
-    attention where every window is the whole document, else None.
+    layout: of all documents; num_filler: rows after them that attend to nothing; selected, window:
+    how these branches read them; window_known: what the window reads in full, the selected branch
+    has read in full already, with the same keys.
     """
 
     layout: nsa.NsaLayout
     num_filler: int
-    sparse: SparseDocuments | None
-    dense: Attend | None
-    dense_row_X: Tensor | None
-    back_N: Tensor | None
-    window: Attend | None
-
-    def selected(self, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, index_NKn: Tensor | None):
-        """The selected branch of all documents, (N, H, D); index_NKn: None without sparse ones."""
-        if self.sparse is None:
-            return self.dense(q_NHD, k_NKD, v_NKD)
-        rows = self.sparse.row_X
-        if rows is None:
-            return nsa.selected_attention(q_NHD, k_NKD, v_NKD, index_NKn, self.sparse.layout)
-        sparse_XHD = nsa.selected_attention(
-            *(t.index_select(0, rows) for t in (q_NHD, k_NKD, v_NKD, index_NKn)),
-            self.sparse.layout,
-        )
-        dense_XHD = self.dense(
-            *(t.index_select(0, self.dense_row_X) for t in (q_NHD, k_NKD, v_NKD))
-        )
-        return torch.cat([sparse_XHD, dense_XHD]).index_select(0, self.back_N)
+    selected: Split
+    window: Split
+    window_known: bool
 
 
 def plan_nsa(
@@ -72,25 +79,38 @@ def plan_nsa(
     num_filler: int = 0,
 ) -> NsaPlan:
     """The plan for the documents of ``spans``; ``plan_full`` makes full attention for some."""
-    layout = _lay_out(spans, settings)
-    covered = settings.select_count * settings.select_block
-    short = [i for i, n in enumerate(spans.lengths) if n <= covered]
-    long = [i for i, n in enumerate(spans.lengths) if n > covered]
-    dense = dense_row_X = back_N = sparse = window = None
+    layout, covered = _lay_out(spans, settings), settings.select_count * settings.select_block
+    known = settings.kv == "shared" and all(
+        n <= covered for n in spans.lengths if n <= settings.window
+    )
+    selected = _split(spans, covered, layout, settings, plan_full)
+    window = _split(spans, settings.window, layout, settings, None if known else plan_full)
+    return NsaPlan(layout, num_filler, selected, window, known)
+
+
+def _split(
+    spans: DocumentSpans,
+    longest: int,
+    layout: nsa.NsaLayout,
+    settings: NsaConfig,
+    plan_full: Callable[[DocumentSpans], Attend] | None,
+) -> Split:
+    """Documents of at most ``longest`` tokens are read in full; ``layout`` is that of all."""
+    short = [i for i, n in enumerate(spans.lengths) if n <= longest]
+    long = [i for i, n in enumerate(spans.lengths) if n > longest]
+    if not short:
+        return Split(layout)
+    full = plan_full and plan_full(_some(spans, short) if long else spans)
     if not long:
-        dense = plan_full(spans)
-    elif not short:
-        sparse = SparseDocuments(layout, None)
-    else:
-        device = spans.cu_seqlens_B1.device
-        sparse_rows, dense_row_X = _rows(spans, long), _rows(spans, short)
-        back_N = torch.cat([sparse_rows, dense_row_X]).argsort().to(device)
-        dense_row_X = dense_row_X.to(device)
-        sparse = SparseDocuments(_lay_out(_some(spans, long), settings), sparse_rows.to(device))
-        dense = plan_full(_some(spans, short))
-    if layout.longest <= settings.window:
-        window = plan_full(spans) if long else dense
-    return NsaPlan(layout, num_filler, sparse, dense, dense_row_X, back_N, window)
+        return Split(full=full)
+    device = spans.cu_seqlens_B1.device
+    sparse_rows, full_rows = _rows(spans, long), _rows(spans, short)
+    back_N = torch.cat([sparse_rows, full_rows]).argsort()
+    return Split(
+        _lay_out(_some(spans, long), settings),
+        full,
+        *(rows.to(device) for rows in (sparse_rows, full_rows, back_N)),
+    )
 
 
 def _lay_out(spans: DocumentSpans, settings: NsaConfig) -> nsa.NsaLayout:

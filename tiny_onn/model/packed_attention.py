@@ -28,7 +28,7 @@ SHORT_TOKENS = 256
 """Groups of documents up to this long attend by batched matrix products on a CPU."""
 
 SHORT_DTYPES = (torch.bfloat16, torch.float16)
-"""... in these dtypes: in float32 torch's kernel is as fast or faster (exp/bench/attention.py)."""
+"""... in these dtypes: in float32 torch's kernel is as fast (exp/bench/short_attention.py)."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _ShortAttention(torch.autograd.Function):
 
     Vaswani et al., arXiv 1706.03762, equation 1, and its adjoint. Softmax in float32 at least.
     On a CPU in bfloat16, 3 to 4 times faster than torch's flash kernel at 30 to 160 tokens
-    (exp/bench/attention.py), whose tiles are mostly empty there. q, k, v: (B, H, L, D);
+    (exp/bench/short_attention.py), whose tiles are mostly empty there. q, k, v: (B, H, L, D);
     bias: (B or 1, 1, L, L).
     """
 

@@ -131,8 +131,8 @@ def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
     matrices: 2-D weights of the blocks and their experts' stacks; tables: task and view vectors;
     deep_embed: rows of DeepEmbed's tables in memory; vectors: 1-D and smaller (norms, thresholds
-    of the gates); embeddings: the rest (token embedding, head, bases of DeepEmbed, prototypes of
-    the gates: vectors that happen to stand below each other).
+    of the gates); embeddings: the rest (token embedding, head, bases of DeepEmbed, and, vectors
+    that happen to stand below each other, prototypes of the gates and NSA's positions in a block).
     """
     owner = {
         id(p): kind
@@ -152,7 +152,7 @@ def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
             kind = owner[id(p)]
         elif p.dim() < 2:
             kind = "vectors"
-        elif "blocks." in name and id(p) not in gate_ids:
+        elif "blocks." in name and id(p) not in gate_ids and min(p.shape[-2:]) > 1:
             kind = "matrices"
         else:
             kind = "embeddings"

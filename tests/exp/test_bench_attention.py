@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture
 def bench(script):
-    return script("bench", "nsa")
+    return script("bench", "attention")
 
 
 def test_the_exponent_is_the_power_of_growth_over_long_documents_only(bench):
