@@ -3,8 +3,8 @@
     python exp/bench/training_step.py [--quick] [--device cpu|cuda] [--threads N] [key=value ...]
 
 One run of ``tiny_onn.training`` as ``train.py preset=nano network=dense`` makes it (RunLoop, CSV
-and TensorBoard loggers, progress line, loss checks, data made on the way). After every stretch of 20
-steps (one of which logs) the run is held, and a bare loop trains the same model object with the
+and TensorBoard loggers, progress line, loss checks, data made on the way). After every stretch of
+20 steps (one of which logs) the run is held, and a bare loop trains the same model object with the
 same optimizer and autocast on the same batches: forward, backward, clip, step. So both use the
 same compiled code and interleave within a minute. Both make their batches as they go; the bare
 loop's time without that is reported too. Before anything is timed, both must turn the same
