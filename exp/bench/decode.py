@@ -183,7 +183,7 @@ def main() -> None:
     arguments.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     args = arguments.parse_args()
     device = prepare(args)
-    model_config = load_config(["preset=nano"]).model
+    model_config = load_config(["preset=nano", "network=dense"]).model
     model = wake(build_model(model_config, 1)).eval()
     # float64 needs the back-end that takes it; CUDA's variable-length kernels do not
     model.use_backend("sdpa", device).to(device)

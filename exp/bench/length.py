@@ -55,8 +55,8 @@ def make_model(args: Any) -> tuple[Any, Any, Any]:
     from tiny_onn.training.hardware import with_precision
 
     device = prepare(args)
-    config = with_precision(load_config(["preset=nano", *args.overrides]))
-    model = wake(build_model(config.model, 1, config.moe)).to(device).train()
+    config = with_precision(load_config(["preset=nano", "network=dense", *args.overrides]))
+    model = wake(build_model(config.model, 1, config.moe, config.nsa)).to(device).train()
     return model.use_backend(config.ops.backend, device), config, device
 
 

@@ -50,6 +50,7 @@ from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.hardware import with_precision
 from tiny_onn.training.optim import build_optimizer
 
+NANO = ["preset=nano", "network=dense"]
 TRACKS = {"nano": [], "arc1": ["data.track=all", "data.max_tokens=1863"]}
 
 
@@ -177,7 +178,7 @@ def epoch_of(
 
 def bench(config: Config, args: Any, device: torch.device) -> dict[str, Any]:
     cases, num_tasks = make_cases(config, 1 if args.quick else 3, device)
-    model = wake(build_model(config.model, num_tasks, config.moe)).to(device).train()
+    model = wake(build_model(config.model, num_tasks, config.moe, config.nsa)).to(device).train()
     model.use_backend(config.ops.backend, device)
     errors = check(model, cases[0])
     arms = {
@@ -208,7 +209,7 @@ def main() -> None:
     small = ["data.batch_tokens=1863", "model.layers=1"] if args.quick else []
     results, rows = {}, []
     for name, track in TRACKS.items():
-        config = with_precision(load_config(["preset=nano", *track, *small, *args.overrides]))
+        config = with_precision(load_config([*NANO, *track, *small, *args.overrides]))
         found = results[name] = bench(config, args, device)
         rows.append(
             [

@@ -84,8 +84,8 @@ ARMS = {
 
 def configure(args: Namespace, arm: Arm) -> Config:
     quick = ["trainer.compile=false", "data.batch_tokens=512", "model.layers=1"]
-    words = ["preset=nano", "trainer.accelerator=cpu", *(quick if args.quick else [])]
-    words += [*args.overrides, *arm.words]
+    words = ["preset=nano", "network=dense", "trainer.accelerator=cpu"]
+    words += [*(quick if args.quick else []), *args.overrides, *arm.words]
     tokens = load_config(words).data.batch_tokens
     return with_precision(load_config([*words, f"data.batch_tokens={round(arm.batch * tokens)}"]))
 

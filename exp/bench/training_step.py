@@ -2,9 +2,9 @@
 
     python exp/bench/training_step.py [--quick] [--device cpu|cuda] [--threads N] [key=value ...]
 
-One run of ``tiny_onn.training`` as ``train.py preset=nano`` makes it (RunLoop, CSV and
-TensorBoard loggers, progress line, loss checks, data made on the way). After every stretch of 20
-steps (one of which logs) the run is held, and a bare loop trains the same model object with the
+One run of ``tiny_onn.training`` as ``train.py preset=nano network=dense`` makes it (RunLoop, CSV
+and TensorBoard loggers, progress line, loss checks, data made on the way). After every stretch of
+20 steps (one of which logs) the run is held, and a bare loop trains the same model object with the
 same optimizer and autocast on the same batches: forward, backward, clip, step. So both use the
 same compiled code and interleave within a minute. Both make their batches as they go; the bare
 loop's time without that is reported too. Before anything is timed, both must turn the same
@@ -68,7 +68,9 @@ class Setup:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.corpus: Corpus = build_corpus(config.data, config.seed)
-        self.model: TinyONN = build_model(config.model, len(self.corpus.task_ids), config.moe)
+        self.model: TinyONN = build_model(
+            config.model, len(self.corpus.task_ids), config.moe, config.nsa
+        )
         self.model.use_backend(config.ops.backend, device).to(device)
         self.initial = {k: v.clone() for k, v in self.model.state_dict().items()}
         if config.trainer.compile:
@@ -197,7 +199,8 @@ def main() -> None:
     quiet_lightning()
     quick = ["trainer.compile=false", "data.batch_tokens=512", "model.layers=1"]
     accelerator = "gpu" if device.type == "cuda" else "cpu"
-    words = ["preset=nano", f"trainer.accelerator={accelerator}", *(quick if args.quick else [])]
+    words = ["preset=nano", "network=dense", f"trainer.accelerator={accelerator}"]
+    words += quick if args.quick else []
     rounds, stretch, warmup = (2, 20, 2) if args.quick else (6, 20, 4)
     with tempfile.TemporaryDirectory() as folder:
         config = with_precision(load_config([*words, *args.overrides, f"out={folder}"]))

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
 RUN=${RUN:-runs/base-gpu}
-TRAIN_ARGS=${TRAIN_ARGS:-preset=base budget.minutes=20}
+TRAIN_ARGS=${TRAIN_ARGS:-preset=base network=dense budget.minutes=20}
 OUT=${OUT:-exp/results/gpu}
 SITE=${SITE:-/tmp/site}
 mkdir -p "$OUT" runs

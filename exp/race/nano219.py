@@ -97,8 +97,10 @@ def hidden_nll(run: Path, tasks: list[Task], solutions: dict) -> dict[str, float
     }
 
 
-def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: list[str]) -> int:
-    run = ROOT / "runs" / f"race-seed{seed}"
+def race(
+    network: str, seed: int, minutes: float, predict_minutes: float, views: int, extra: list[str]
+) -> int:
+    run = ROOT / "runs" / f"race-{network}-seed{seed}"
     run.parent.mkdir(exist_ok=True)
     challenges = ROOT / "runs" / "race_challenges.json"
     tasks = write_challenges(challenges)
@@ -108,6 +110,7 @@ def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: l
         "train.py",
         "stage=pretrain",
         "preset=nano",
+        f"network={network}",
         f"data.sources=[{challenges}]",
         "data.track=all",
         "data.learn=demos",
@@ -134,6 +137,7 @@ def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: l
     facts = json.loads((run / "metrics.json").read_text())
     result = {
         "race": "nano219",
+        "network": network,
         "seed": seed,
         "commit": version,
         "device": f"{os.cpu_count()} x {platform.machine()} CPU, {torch.get_num_threads()} threads",
@@ -154,7 +158,7 @@ def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: l
         | {"nll_per_output_token": nll["eval"]},
     }
     (ROOT / "exp" / "results").mkdir(exist_ok=True)
-    path = ROOT / "exp" / "results" / f"race_nano219_seed{seed}.json"
+    path = ROOT / "exp" / "results" / f"race_nano219_{network}_seed{seed}.json"
     atomic_write_text(path, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     print(f"written: {path.relative_to(ROOT)}")
@@ -163,6 +167,7 @@ def race(seed: int, minutes: float, predict_minutes: float, views: int, extra: l
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", default="sparse", choices=("sparse", "dense"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=29.5, help="clock of the whole run")
     parser.add_argument(
@@ -171,7 +176,9 @@ def main() -> int:
     parser.add_argument("--views", type=int, default=16)
     parser.add_argument("overrides", nargs="*", help="key=value for train.py")
     args = parser.parse_args()
-    return race(args.seed, args.minutes, args.predict_minutes, args.views, args.overrides)
+    return race(
+        args.network, args.seed, args.minutes, args.predict_minutes, args.views, args.overrides
+    )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ def test_experts_are_matrices_prototypes_are_embeddings_and_thresholds_are_never
         "embeddings": {"gate.prototypes"},
         "vectors": {"gate.thresholds"},
         "tables": set(),
-        "deep_embed": set(),
     }
     optimizer = build_optimizer(model, OptimConfig())
     thresholds = model.expert_layers[0].gate.thresholds

@@ -42,7 +42,8 @@ def train_help(files: Mapping[str, Mapping[str, Path]]) -> str:
     """
     return "\n".join(
         [
-            "usage: python train.py [stage=STAGE] [network=NETWORK] [preset=PRESET] [key=value ..]",
+            "usage: python train.py [stage=STAGE] [network=NETWORK] [preset=PRESET] "
+            "[key=value ...]",
             "",
             "Trains a model from scratch on ARC tasks. Later settings win: defaults < "
             "configs/base.yaml",

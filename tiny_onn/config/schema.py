@@ -203,7 +203,7 @@ class Config:
 
     stage: Literal["pretrain"] = key("pretrain", "training stage")
     preset: Literal["nano", "small", "base"] = key("nano", "size and recipe")
-    network: Literal["sparse", "dense"] = key(
+    network: Literal["sparse", "sparse_long", "dense"] = key(
         "sparse", "which parts it has: sets model.attention, model.ffn and model.deep_embed"
     )
     seed: int = key(0, "seeds weights, data order and views")
