@@ -59,6 +59,7 @@ def test_experts_are_matrices_prototypes_are_embeddings_and_thresholds_are_never
         "matrices": {"experts.gate_up", "experts.down"},
         "embeddings": {"gate.prototypes"},
         "vectors": {"gate.thresholds"},
+        "deep_embed": set(),
         "tables": set(),
     }
     optimizer = build_optimizer(model, OptimConfig())
