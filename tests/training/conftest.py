@@ -97,8 +97,9 @@ from tiny_onn.training.run import run_training
 given = json.loads(sys.argv[1])
 given["model"]["deep_embed"] = DeepEmbedConfig(**given["model"]["deep_embed"])
 sections = {
-    "data": DataConfig, "model": ModelConfig, "moe": MoeConfig, "reset": ResetConfig,
-    "optim": OptimConfig, "budget": BudgetConfig, "trainer": TrainerConfig, "ops": OpsConfig,
+    "data": DataConfig, "model": ModelConfig, "nsa": NsaConfig, "moe": MoeConfig,
+    "reset": ResetConfig, "optim": OptimConfig, "budget": BudgetConfig,
+    "trainer": TrainerConfig, "ops": OpsConfig,
 }
 given = {k: sections[k](**v) if k in sections else v for k, v in given.items()}
 run_cli(lambda: run_training(Config(**given)))
