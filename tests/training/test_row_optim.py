@@ -101,6 +101,15 @@ def test_the_first_step_of_a_row_has_the_size_of_the_rate_whatever_its_gradient(
                                rtol=0)  # fmt: skip
 
 
+def test_a_gradient_that_is_not_finite_is_not_passed_over():
+    rows = torch.ones(3, 1, 2)
+    gradient = torch.zeros(3, 1, 2)
+    gradient[1, 0, 1], gradient[2, 0, 0] = float("nan"), float("inf")
+    step_table(rows, gradient, new_row_state(rows), **RULE)
+    assert torch.equal(rows[0], torch.ones(1, 2))
+    assert rows.isnan().any(dim=2).flatten().tolist() == [False, True, True]
+
+
 def test_torchs_sparse_adam_is_adam_for_rows_always_touched_only():
     """Why tables have a rule of their own: Adam moves rows that no step touches."""
     start = torch.randn(6, 3, generator=torch.manual_seed(0))
