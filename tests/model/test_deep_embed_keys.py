@@ -250,9 +250,15 @@ def test_tokens_that_spell_no_grid_still_have_keys():
         positions[number] = (x, y, 3)
         x, y = (0, y + 1) if token == 11 else (x + 1, y)
     context = PackedTokens(torch.tensor(ragged), torch.tensor(positions), torch.arange(len(ragged)))
-    for key in KEYS.values():
-        rows = key(context)
-        assert ((rows >= NOTHING) & (rows < key.num_rows)).all()
+    wanted = {name: key(context) for name, key in KEYS.items()}
+    for name, rows in wanted.items():
+        assert ((rows >= NOTHING) & (rows < KEYS[name].num_rows)).all()
+    given = PackedTokens(context.tokens[:3], torch.tensor(positions[:3]), torch.arange(3))
+    history = TokenHistory(given, torch.zeros(3, dtype=torch.long), torch.tensor([3]), len(ragged))
+    for at in range(3, len(ragged)):
+        history.append(context.tokens[at : at + 1], torch.tensor(positions[at : at + 1]))
+        for name, key in KEYS.items():
+            assert key(history).tolist() == wanted[name][at : at + 1].tolist()
 
 
 PRINT_ROWS = """

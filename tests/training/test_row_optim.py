@@ -9,6 +9,7 @@ from tiny_onn.model.deep_embed_store import FileRows, PendingRows
 from tiny_onn.model.row_file import RowFile
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.optim import build_optimizer, split_parameters
+from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.row_optim import (
     EPS,
     HORIZON,
@@ -221,6 +222,20 @@ def tiny_model(**deep):
     return build_model(
         ModelConfig(**sizes, ffn_width=48, deep_embed=DeepEmbedConfig(**deep)), num_tasks=5
     )
+
+
+def test_clipping_counts_and_scales_the_rows_of_files(tmp_path):
+    model = tiny_model(store="memmap")
+    model.deep_embed.create_files(tmp_path)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for layer in model.deep_embed.files["token"].fetch(torch.tensor([1, 3]))().layers:
+        (layer * 100).sum().backward()
+    module = Pretrain(model, OptimConfig(clip_norm=0.5))
+    module.configure_gradient_clipping(None)
+    gradients = [t.grad for t in (*model.parameters(), *pending_leaves(model))]
+    assert float(torch.stack([g.norm() for g in gradients]).norm()) == pytest.approx(0.5, rel=1e-4)
+    assert float(module.grad_norm) > 100 * (2 * 2 * 48) ** 0.5
 
 
 @pytest.mark.parametrize("form", ["1x", "4x", "v7a"])
