@@ -3,10 +3,12 @@
     python exp/bench/deep_embed.py [--quick] [--device cpu|cuda] [--threads N]
 
 Steps are the nano preset's network on random documents, eager. The table is that of 4-grams
-(47,250 rows for 4 layers of 1,440 numbers, 1.01 GiB of float32, every byte written); it is
-trained on, saved as a checkpoint, loaded and decoded with, in a process of its own whose peak is
-read from VmHWM, beside the same network without it. Rows are read cold (the file dropped from
-the page cache first, which a virtual disk may still answer from its host's memory) and warm.
+(47,250 rows for 4 layers of 1,440 numbers, 1.01 GiB of float32, every byte written). One process
+trains on it (batches of 512 tokens, whose own activations are small beside it) and saves a
+checkpoint, another loads that and decodes; the peak of each is read from VmHWM, beside those of
+the same network without the table; above those, no more than a quarter of the table is allowed.
+Rows are read cold (the file dropped from the page cache first, which a virtual disk may
+still answer from its host's memory) and warm.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ ARMS = {
     "3-gram 4x on disk, no prefetch": ["keys=[ngram]", "store=memmap"],
 }
 TRAIN_STEPS = 8
+MEMORY_BATCH_TOKENS = 512
+STEPS_LIMIT_S = 150
 
 
 def make_batch(seed: int, tokens: int) -> Any:
@@ -119,7 +123,7 @@ def time_steps(args: Any) -> tuple[list[dict[str, Any]], list[list[str]]]:
                     store.prefetch = "no prefetch" not in name
             counts[name] = 0 if model.deep_embed is None else model.deep_embed.num_parameters()
             arms[name] = step_function(model, config, device, batches)
-        seconds = measure(arms, device, 2 if args.quick else 12, warmups=2)
+        seconds = measure(arms, device, 2 if args.quick else 12, 2, limit_s=STEPS_LIMIT_S)
     cases, rows = [], []
     for name, values in seconds.items():
         case = {
@@ -146,40 +150,59 @@ def write_all_rows(model: Any) -> None:
             os.fsync(file.fileno())
 
 
-def child(args: Any) -> dict[str, Any]:
-    """Train, save, load and decode with (or without) the big table; peaks in this process."""
+def train_child(args: Any, folder: Path) -> dict[str, Any]:
+    """Train and save with (or without) the big table; peaks of this process."""
+    from tiny_onn.model.checkpoint import save_checkpoint
+
+    words, found = ["model.ffn_width=1440"], {}
+    if args.arm != "off":
+        words += [*BIG, f"model.deep_embed.ngram={2 if args.quick else 4}"]
+    model, config, device = make_model(args, words)
+    if args.arm != "off":
+        model.deep_embed.create_files(folder)
+        write_all_rows(model)
+        store = model.deep_embed.files["ngram"]
+        found["table_mib"] = store.file.path.stat().st_size / 2**20
+        found |= read_speeds(store, args)
+    found["before_mib"] = peak_mib()
+    batches = [make_batch(seed, MEMORY_BATCH_TOKENS) for seed in range(TRAIN_STEPS)]
+    step = step_function(model, config, device, batches)
+    for _ in range(TRAIN_STEPS):
+        step()
+    found["train_mib"] = peak_mib()
+    save_checkpoint(folder / "run", model.cpu(), config, tuple("abcdefgh"), {})
+    return found | {"save_mib": peak_mib()}
+
+
+def predict_child(args: Any, folder: Path) -> dict[str, Any]:
+    """Load what ``train_child`` saved and decode 16 outputs; peak of this process."""
     import torch
+    from timing import prepare
 
     from tiny_onn.arc.tokens import encode_prompt
     from tiny_onn.inference.generate import generate
-    from tiny_onn.model.checkpoint import load_model, save_checkpoint
+    from tiny_onn.model.checkpoint import load_model
 
-    words = ["model.ffn_width=1440"]
-    if args.child != "off":
-        words += [*BIG, f"model.deep_embed.ngram={2 if args.quick else 4}"]
-    with tempfile.TemporaryDirectory() as name:
-        folder, found = Path(name), {}
-        model, config, device = make_model(args, words)
-        if args.child != "off":
-            model.deep_embed.create_files(folder)
-            write_all_rows(model)
-            store = model.deep_embed.files["ngram"]
-            found["table_mib"] = store.file.path.stat().st_size / 2**20
-            found |= read_speeds(store, args)
-        found["before_mib"] = peak_mib()
-        batches = [make_batch(seed, 4096) for seed in range(TRAIN_STEPS)]
-        step = step_function(model, config, device, batches)
-        for _ in range(TRAIN_STEPS):
-            step()
-        found["train_mib"] = peak_mib()
-        save_checkpoint(folder / "run", model.cpu(), config, tuple("abcdefgh"), {})
-        found["save_mib"] = peak_mib()
-        del model, step
-        loaded = load_model(folder / "run").model.to(device)
-        grids = torch.randint(0, 10, (16, 8, 8), generator=torch.manual_seed(0)).byte().numpy()
-        generate(loaded, [encode_prompt(grid, 0) for grid in grids], [(8, 8)] * len(grids))
-        found["predict_mib"] = peak_mib()
-    return found
+    model = load_model(folder / "run").model.to(prepare(args))
+    grids = torch.randint(0, 10, (16, 8, 8), generator=torch.manual_seed(0)).byte().numpy()
+    generate(model, [encode_prompt(grid, 0) for grid in grids], [(8, 8)] * len(grids))
+    return {"predict_mib": peak_mib()}
+
+
+def measure_memory(args: Any) -> dict[str, dict[str, Any]]:
+    """Peaks with and without the table, each of training and prediction in its own process."""
+    memory: dict[str, dict[str, Any]] = {}
+    for arm in ("off", "on disk"):
+        memory[arm] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for child in ("train", "predict"):
+                words = ["--child", child, "--arm", arm, "--folder", folder]
+                command = [sys.executable, __file__, *sys.argv[1:], *words]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode != 0:
+                    raise SystemExit(done.returncode)
+                memory[arm] |= json.loads(done.stdout.splitlines()[-1])
+    return memory
 
 
 def read_speeds(store: Any, args: Any) -> dict[str, Any]:
@@ -217,24 +240,25 @@ def read_arguments() -> Any:
     made.add_argument("--quick", action="store_true", help="smoke test: tiny, not written")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     made.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    made.add_argument("--child", help=argparse.SUPPRESS)
+    for name in ("--child", "--arm", "--folder"):
+        made.add_argument(name, help=argparse.SUPPRESS)
     return made.parse_args()
 
 
 def main() -> None:
     began, args = time.monotonic(), read_arguments()
     if args.child is not None:
-        return print(json.dumps(child(args)))
-    memory = {}
-    for name in ("off", "on disk"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise SystemExit(done.returncode)
-        memory[name] = json.loads(done.stdout.splitlines()[-1])
+        child = train_child if args.child == "train" else predict_child
+        return print(json.dumps(child(args, Path(args.folder))))
+    memory = measure_memory(args)
 
-    from timing import prepare, print_table, write_result
+    from timing import prepare, print_table, require, write_result
 
+    table_mib = memory["on disk"]["table_mib"]
+    for name in ("train_mib", "save_mib", "predict_mib"):
+        more = memory["on disk"][name] - memory["off"][name]
+        what = f"{name} is {more:.0f} above that without a table, which has {table_mib:.0f} MiB"
+        require(args.quick or more < table_mib / 4, what)
     device = prepare(args)
     cases, rows = time_steps(args)
     print_table(["key", "its parameters", "step ms", "times off"], rows)
@@ -242,7 +266,7 @@ def main() -> None:
     table = [[n, *(f"{found[key]:.0f}" for key in names)] for n, found in memory.items()]
     print_table(["peak MiB", "before", "after training", "saving", "predicting"], table)
     speeds = {k: v for k, v in memory["on disk"].items() if not k.endswith("mib")}
-    print(f"table of {memory['on disk']['table_mib']:.0f} MiB: {speeds}")
+    print(f"table of {table_mib:.0f} MiB: {speeds}")
     write_result(
         "deep_embed",
         args,
@@ -250,6 +274,7 @@ def main() -> None:
         steps=cases,
         memory=memory,
         train_steps=TRAIN_STEPS,
+        memory_batch_tokens=MEMORY_BATCH_TOKENS,
         seconds_total=round(time.monotonic() - began, 1),
     )
 

@@ -22,6 +22,10 @@ from torch import Tensor
 
 HAS_GROUPED_MM = hasattr(F, "grouped_mm")
 
+ROUNDING = 64
+"""On a CPU an expert's rows are rounded up to a multiple of this, because oneDNN compiles code for
+every new shape."""
+
 RaggedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -59,6 +63,14 @@ def dispatch(mask_NE: Tensor) -> Pairs:
         begin_N=active_N.cumsum(dim=0) - active_N,
         ends_E=mask_NE.sum(dim=0).cumsum(dim=0).int(),
     )
+
+
+def rounded(mask_NE: Tensor) -> Tensor:
+    """The mask with further tokens for every expert that has some, up to a multiple of ROUNDING,
+    as far as there are any: the first ones that it does not run on."""
+    idle_NE = ~mask_NE
+    missing_E = -mask_NE.sum(dim=0) % ROUNDING
+    return mask_NE | (idle_NE & (idle_NE.cumsum(dim=0) <= missing_E))
 
 
 def _sum_by_token(rows_PC: Tensor, row_P: Tensor, begin_N: Tensor) -> Tensor:
@@ -102,6 +114,8 @@ def _run(
     down_ECF: Tensor,
     product: RaggedProduct,
 ) -> Tensor:
+    if mask_NE.device.type == "cpu":  # pairs of weight 0, which change nothing
+        weight_NE, mask_NE = weight_NE * mask_NE, rounded(mask_NE)
     pairs = dispatch(mask_NE)
     rows_PC = _Gather.apply(x_NC, pairs)
     gate_PF, up_PF = product(rows_PC, gate_up_EHC, pairs.ends_E).chunk(2, dim=1)

@@ -10,7 +10,7 @@ import torch
 from tiny_onn.arc.packing import fill, pack
 from tiny_onn.arc.task import Pair
 from tiny_onn.arc.tokens import encode_demos, encode_pair
-from tiny_onn.config.schema import Config, DeepEmbedConfig, ModelConfig
+from tiny_onn.config.schema import Config, DeepEmbedConfig, ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.errors import UserError
 from tiny_onn.losses.language import output_nll
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
@@ -22,6 +22,9 @@ from tiny_onn.training.datamodule import prepare
 SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 1))]
 SMALL = {"ngram": 2, "task_rank": 3, "mix_rank": 4}
 EVERY = ("token", "ngram", "patch", "task")
+MOE = MoeConfig(experts=4, expert_width=16, target_active=1.5)
+NSA = NsaConfig(block=4, stride=2, select_block=4, select_count=3, window=5)
+SPARSE = {"attention": "nsa", "ffn": "dynmoe"}
 
 
 def tiny_config(keys=EVERY, deep=None, **model):
@@ -40,7 +43,7 @@ def wake(model):
 
 def tiny_model(keys=EVERY, deep=None, **model):
     torch.manual_seed(0)
-    return wake(build_model(tiny_config(keys, deep, **model), num_tasks=5))
+    return wake(build_model(tiny_config(keys, deep, **model), 5, MOE, NSA))
 
 
 def documents(seed=0, demos=False):
@@ -70,14 +73,16 @@ def with_files(model, folder, seed=1):
 # Oracle 1: the identity.
 
 
-@pytest.mark.parametrize("form", ["1x", "4x", "v7a"])
+@pytest.mark.parametrize(
+    ("form", "parts"), [("1x", {}), ("4x", {}), ("v7a", {}), ("1x", SPARSE)], ids=str
+)
 @pytest.mark.parametrize("store", ["dense", "memmap"])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_new_model_is_the_one_without_bit_for_bit(form, store, precision):
+def test_a_new_model_is_the_one_without_bit_for_bit(form, parts, store, precision):
     torch.manual_seed(0)
-    plain = build_model(tiny_config([]), 5)
+    plain = build_model(tiny_config([], **parts), 5, MOE, NSA)
     torch.manual_seed(0)
-    deep = build_model(tiny_config(deep={"form": form, "store": store}), 5)
+    deep = build_model(tiny_config(deep={"form": form, "store": store}, **parts), 5, MOE, NSA)
     if form == "v7a":  # whose mixes are drawn between the blocks' weights
         deep.load_state_dict(plain.state_dict(), strict=False)
     torch.nn.init.normal_(plain.head.weight)
@@ -125,6 +130,22 @@ def test_4x_and_1x_outputs_and_gradients_are_those_of_a_loop_over_tokens():
             found.append((out_NC, table.grad, ffn.gate_up.weight.grad.clone()))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_with_experts_the_delta_scales_their_output():
+    model = tiny_model(("token",), {"form": "1x"}, layers=1, **SPARSE)
+    batch, block = pack(documents()), model.blocks[0]
+    seen = {}
+    block.ffn.register_forward_hook(lambda module, given, output: seen.update(update=output))
+    model.norm.register_forward_pre_hook(lambda module, given: seen.update(out=given[0]))
+    scaled = model(batch).logits_MV, seen["out"], seen["update"]
+    rows_RX = model.deep_embed.tables["token"].rows.weight[:, 0].detach().clone()
+    with torch.no_grad():
+        model.deep_embed.tables["token"].rows.weight.zero_()
+    model(batch)
+    assert torch.equal(scaled[2], seen["update"]) and scaled[2].any()
+    delta_NX = rows_RX[batch.tokens_N]
+    torch.testing.assert_close(scaled[1] - seen["out"], seen["update"] * delta_NX)
 
 
 def test_4x_gradients_are_those_of_finite_differences():
@@ -227,10 +248,17 @@ def test_tables_on_disk_give_the_logits_and_gradients_of_tables_in_memory(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("mask", "patch"), [("causal", "causal"), ("prefix", "causal"), ("prefix", "prefix")]
+    ("mask", "patch", "parts"),
+    [
+        ("causal", "causal", {}),
+        ("prefix", "causal", {}),
+        ("prefix", "prefix", {}),
+        ("prefix", "prefix", SPARSE),
+    ],
+    ids=str,
 )
-def test_no_logit_sees_a_later_output_token(mask, patch):
-    model = tiny_model(mask=mask, deep={"patch": patch})
+def test_no_logit_sees_a_later_output_token(mask, patch, parts):
+    model = tiny_model(mask=mask, deep={"patch": patch, "form": "1x" if parts else "4x"}, **parts)
     for doc in documents(demos=True):
         before = model(pack([doc])).logits_MV
         for late in range(1, len(doc.tokens) - 1, 2):
@@ -252,6 +280,8 @@ VARIANTS = [
     (EVERY, {"form": "v7a"}, {}),
     (EVERY, {"patch": "prefix"}, {"loops": 2}),
     (EVERY, {"rank": 2, "ngram": 4}, {"mask": "causal", "task_modulation": "film"}),
+    (EVERY, {"form": "1x"}, SPARSE),
+    (("token", "task"), {"form": "1x"}, SPARSE | {"loops": 2}),
 ]
 
 
@@ -289,8 +319,10 @@ def check_steps(model):
             cursor[s] += 1
 
 
-def test_packed_equals_one_document_at_a_time():
-    model, docs = tiny_model(deep={"patch": "prefix"}), documents(demos=True)
+@pytest.mark.parametrize(("form", "parts"), [("4x", {}), ("1x", SPARSE)], ids=str)
+def test_packed_equals_one_document_at_a_time(form, parts):
+    deep = {"patch": "prefix", "form": form}
+    model, docs = tiny_model(deep=deep, **parts), documents(demos=True)
     batch = pack(docs)
     together, start = model(batch).logits_MV, 0
     for slot, i in enumerate(batch.order):

@@ -34,6 +34,7 @@ KEYS = {
     "patch": PatchKey(prefix=False),
     "patch prefix": PatchKey(prefix=True),
 }
+CELLS_AND_NEWLINE = (*range(10), tokens.NEWLINE)
 SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((1, 7), (6, 1)), ((3, 3), (2, 2))]
 
 
@@ -164,13 +165,19 @@ def test_ngram_rows_are_exact():
 
 @pytest.mark.parametrize("name", [name for name in KEYS if name != "patch prefix"])
 def test_no_later_token_changes_an_earlier_key(name):
-    """Over every token of inputs and outputs, whatever the mask lets attention see."""
+    """Over every token of inputs and outputs, whatever the mask lets attention see; in place of a
+    colour or NEWLINE any token, in one place or everywhere after it."""
+    rng = np.random.default_rng(2)
     for doc in documents():
         before = ids_of(KEYS[name], doc)
         for late in range(len(doc.tokens) - 1):
-            changed = doc.tokens.copy()
-            changed[late] = (changed[late] + 1) % 10 if changed[late] < 10 else changed[late]
-            assert ids_of(KEYS[name], replace(doc, tokens=changed))[:late] == before[:late]
+            if doc.tokens[late] not in CELLS_AND_NEWLINE:
+                continue
+            for end in (late + 1, len(doc.tokens)):
+                changed = doc.tokens.copy()
+                free = [i for i in range(late, end) if doc.tokens[i] in CELLS_AND_NEWLINE]
+                changed[free] = rng.integers(0, tokens.VOCAB, len(free))
+                assert ids_of(KEYS[name], replace(doc, tokens=changed))[:late] == before[:late]
 
 
 def test_prefix_patches_see_the_prefix_whole_and_nothing_after_it():
@@ -243,9 +250,15 @@ def test_tokens_that_spell_no_grid_still_have_keys():
         positions[number] = (x, y, 3)
         x, y = (0, y + 1) if token == 11 else (x + 1, y)
     context = PackedTokens(torch.tensor(ragged), torch.tensor(positions), torch.arange(len(ragged)))
-    for key in KEYS.values():
-        rows = key(context)
-        assert ((rows >= NOTHING) & (rows < key.num_rows)).all()
+    wanted = {name: key(context) for name, key in KEYS.items()}
+    for name, rows in wanted.items():
+        assert ((rows >= NOTHING) & (rows < KEYS[name].num_rows)).all()
+    given = PackedTokens(context.tokens[:3], torch.tensor(positions[:3]), torch.arange(3))
+    history = TokenHistory(given, torch.zeros(3, dtype=torch.long), torch.tensor([3]), len(ragged))
+    for at in range(3, len(ragged)):
+        history.append(context.tokens[at : at + 1], torch.tensor(positions[at : at + 1]))
+        for name, key in KEYS.items():
+            assert key(history).tolist() == wanted[name][at : at + 1].tolist()
 
 
 PRINT_ROWS = """

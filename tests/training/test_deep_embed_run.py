@@ -79,10 +79,15 @@ def test_a_run_on_disk_ends_where_the_same_run_in_memory_does(tiny, tmp_path):
         assert (a - b).norm() < 0.02 * a.norm()  # clipping sums norms in another order
 
 
-def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "parts"), [("4x", {}), ("1x", {"attention": "nsa", "ffn": "dynmoe"})], ids=str
+)
+def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, form, parts):
     """In bfloat16, which is rounded at random: the random numbers of a step must come back too."""
+    rows = deep("ngram", "task", form=form, store="memmap", dtype="bf16")
     settings = {
-        "model": deep("ngram", "task", store="memmap", dtype="bf16") | {"dropout": 0.1},
+        "model": {**rows, **parts, "dropout": 0.1},
+        "reset": {"window_steps": 3, "patience": 1},
         "trainer": {"checkpoint_steps": 4},
         "budget": {"steps": 14},
     }
@@ -109,6 +114,84 @@ def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypa
     assert weights(whole)["deep_embed.ngram.safetensors/rows"].any()
 
 
+KILLS = {
+    "in the middle of a copy": """
+from tiny_onn.model.deep_embed_store import FileRows as Owner
+name, at = "copy_to", 4  # two tables: the second one of the second copy
+""",
+    "between tables and resume file": """
+from tiny_onn.training.resume import AtomicCheckpointIO as Owner
+name, at = "save_checkpoint", 2
+""",
+    "while rows are written": """
+from tiny_onn.model.row_file import RowFile as Owner
+name, at = "write", 11
+""",
+    "while the checkpoint is written": """
+from tiny_onn.model.deep_embed_store import FileRows as Owner
+name, at = "copy_to", 8  # after those of steps 3, 6 and 8
+""",
+}
+KILL = """
+import os, signal
+
+calls, original = 0, getattr(Owner, name)
+
+def killed(self, *given, **named):
+    global calls
+    calls += 1
+    if calls == at:
+        if name != "save_checkpoint":
+            with open(given[0] if name == "copy_to" else self.path, "ab") as half:
+                half.truncate(5000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *given, **named)
+
+setattr(Owner, name, killed)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_run_on_disk_killed_at_any_moment_goes_on_to_the_same_bits(tiny, start, tmp_path, moment):
+    settings = {
+        "model": deep("token", "ngram", store="memmap", dtype="bf16"),
+        "trainer": {"checkpoint_steps": 3},
+        "budget": {"steps": 8},
+    }
+    whole = replace(tiny(**settings), out=str(tmp_path / "whole"))
+    killed = replace(whole, out=str(tmp_path / "killed"))
+    assert run_training(whole) == 0
+    process = start(killed, prelude=KILLS[moment] + KILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (tmp_path / "killed" / "checkpoint").exists()
+    assert run_training(killed) == 0
+    assert same(weights(whole), weights(killed))
+    left = [sorted(p.name for p in Path(c.out).iterdir()) for c in (whole, killed)]
+    assert left[0] == left[1]
+
+
+def test_a_finished_or_restarted_run_leaves_no_tables_behind(tiny, monkeypatch):
+    config = tiny(model=deep("token", store="memmap"), trainer={"checkpoint_steps": 2})
+    folder = Path(config.out) / row_tables.FOLDER
+
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Pretrain, "on_train_batch_end", stop)
+    assert run_training(config) == 143
+    monkeypatch.undo()
+    assert folder.is_dir()
+    dense = replace(config, model=replace(config.model, **deep("token")), resume=False)
+    assert run_training(dense) == 0
+    assert not folder.exists()
+    folder.mkdir()  # as a kill after the metrics were written would leave it
+    (folder / "step2").mkdir()
+    assert run_training(replace(dense, resume=True)) == 0
+    assert not folder.exists()
+
+
 def test_a_resume_file_without_its_tables_says_so(tiny, tmp_path, monkeypatch):
     config = tiny(model=deep("token", store="memmap"), trainer={"checkpoint_steps": 2})
     original = Pretrain.training_step
@@ -121,7 +204,12 @@ def test_a_resume_file_without_its_tables_says_so(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Pretrain, "training_step", training_step)
     assert run_training(config) == 143
     monkeypatch.undo()
-    for path in (Path(config.out) / row_tables.FOLDER).glob("step*/*"):
+    copies = list((Path(config.out) / row_tables.FOLDER).glob("step*/*"))
+    for path in copies:
+        os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(UserError, match="deep_embed.token.safetensors' is cut short.*bytes"):
+        run_training(config)
+    for path in copies:
         path.unlink()
     with pytest.raises(UserError, match="deep_embed.token.safetensors' cannot be opened"):
         run_training(config)

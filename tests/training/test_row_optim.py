@@ -9,6 +9,7 @@ from tiny_onn.model.deep_embed_store import FileRows, PendingRows
 from tiny_onn.model.row_file import RowFile
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.optim import build_optimizer, split_parameters
+from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.row_optim import (
     EPS,
     HORIZON,
@@ -99,6 +100,15 @@ def test_the_first_step_of_a_row_has_the_size_of_the_rate_whatever_its_gradient(
                lr=0.1, weight_decay=0.0)  # fmt: skip
     torch.testing.assert_close(rows.flatten(), torch.tensor([-0.1, 0.1, 0.0, -0.1]), atol=1e-4,
                                rtol=0)  # fmt: skip
+
+
+def test_a_gradient_that_is_not_finite_is_not_passed_over():
+    rows = torch.ones(3, 1, 2)
+    gradient = torch.zeros(3, 1, 2)
+    gradient[1, 0, 1], gradient[2, 0, 0] = float("nan"), float("inf")
+    step_table(rows, gradient, new_row_state(rows), **RULE)
+    assert torch.equal(rows[0], torch.ones(1, 2))
+    assert rows.isnan().any(dim=2).flatten().tolist() == [False, True, True]
 
 
 def test_torchs_sparse_adam_is_adam_for_rows_always_touched_only():
@@ -212,6 +222,20 @@ def tiny_model(**deep):
     return build_model(
         ModelConfig(**sizes, ffn_width=48, deep_embed=DeepEmbedConfig(**deep)), num_tasks=5
     )
+
+
+def test_clipping_counts_and_scales_the_rows_of_files(tmp_path):
+    model = tiny_model(store="memmap")
+    model.deep_embed.create_files(tmp_path)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for layer in model.deep_embed.files["token"].fetch(torch.tensor([1, 3]))().layers:
+        (layer * 100).sum().backward()
+    module = Pretrain(model, OptimConfig(clip_norm=0.5))
+    module.configure_gradient_clipping(None)
+    gradients = [t.grad for t in (*model.parameters(), *pending_leaves(model))]
+    assert float(torch.stack([g.norm() for g in gradients]).norm()) == pytest.approx(0.5, rel=1e-4)
+    assert float(module.grad_norm) > 100 * (2 * 2 * 48) ** 0.5
 
 
 @pytest.mark.parametrize("form", ["1x", "4x", "v7a"])

@@ -135,6 +135,3 @@ class FileRows(nn.Module):
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="deep-embed")
         return self._reader.submit(file.read, ids_U).result
-
-
-RowStore = DenseRows | FileRows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from tiny_onn.errors import UserError
+from tiny_onn.training.run_folder import CHECKPOINT
 
 NEWEST = "resume.ckpt"
 PREVIOUS = "resume.prev.ckpt"
@@ -147,6 +149,8 @@ def remove_resume(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed process left in the run folder."""
+    """Delete temporary files and folders that a killed process left in the run folder."""
     for path in folder.glob(f".{NEWEST}.*.tmp"):
         path.unlink(missing_ok=True)
+    for path in folder.glob(f".{CHECKPOINT}.*.tmp"):  # its tables on disk may be large
+        shutil.rmtree(path, ignore_errors=True)

@@ -52,9 +52,10 @@ def update_rows(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """One step of the rule above, in place."""
+    """One step of the rule above, in place. A gradient that is not finite spoils its row for all
+    to see (finite.py ends the run), as it does every other parameter."""
     square_UL1 = gradient_ULX.square().mean(dim=-1, keepdim=True)
-    touched_UL1 = square_UL1 > 0
+    touched_UL1 = square_UL1 != 0  # NaN too
     touches_UL1.add_(touched_UL1)
     change_UL1 = (square_UL1 - mean_square_UL1) / touches_UL1.clamp(1, HORIZON)
     mean_square_UL1.add_(change_UL1 * touched_UL1)

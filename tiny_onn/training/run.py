@@ -117,6 +117,8 @@ class _Run:
                 f"{self.folder} holds a finished run of this configuration; nothing to do "
                 "(resume=false trains it anew)"
             )
+            if self.first:
+                self._remove_resume()  # what a kill at the very end left
             return 0
         corpus = build_corpus(config.data, config.seed)
         data_hash = corpus.report.corpus_sha256
@@ -202,7 +204,7 @@ class _Run:
         config = self.config
         if self.first:
             if not config.resume:
-                remove_resume(self.folder)
+                self._remove_resume()
             remove_leftovers(self.folder)
             print(corpus.report.render())
             report = json.dumps(corpus.report.to_dict(), indent=1)
@@ -280,6 +282,10 @@ class _Run:
         save_checkpoint(self.folder / CHECKPOINT, model, self.config, corpus.task_ids, facts)
         loop.facts = facts
 
+    def _remove_resume(self) -> None:
+        remove_resume(self.folder)
+        remove_row_tables(self.folder)
+
     def _close_folder(self, loop: RunLoop) -> None:
         metrics = {
             "finished": True,
@@ -289,8 +295,7 @@ class _Run:
             **loop.facts,
         }
         atomic_write_text(self.folder / METRICS, json.dumps(metrics, indent=1, sort_keys=True))
-        remove_resume(self.folder)
-        remove_row_tables(self.folder)
+        self._remove_resume()
         print(
             f"trained {loop.totals.step} steps, {loop.totals.tokens:,} tokens in "
             f"{clock_text(loop.totals.seconds)}; checkpoint: {self.folder / CHECKPOINT}"
