@@ -58,7 +58,7 @@ def compressed_attention(
         float32 or float64 (N, K, C) without gradient, or None. Peak memory grows as N * C * H.
     """
     dtype = wide_dtype(q_NHD.dtype)
-    key_SC, visible_SRC = layout.compressed_keys
+    key_SC, visible_SCR = layout.compressed_keys
     with full_precision(q_NHD):
         out_NHE, share_NKC = attend_in_tiles(
             scaled(q_NHD),
@@ -66,7 +66,7 @@ def compressed_attention(
             v_MKE.to(dtype),
             layout.compressed_tiles,
             key_SC,
-            visible_SRC,
+            visible_SCR,
             want_share,
         )
     return out_NHE.to(q_NHD.dtype), share_NKC

@@ -27,9 +27,9 @@ def _attend(
     q_BK1GD = scaled(q_BHD).unflatten(1, (kv_heads, 1, -1))
     with full_precision(q_BHD):
         out, share = tile_attention(
-            q_BK1GD, k_BKXD.to(dtype), v_BKXE.to(dtype), visible.unsqueeze(-2), want_share
+            q_BK1GD, k_BKXD.to(dtype), v_BKXE.to(dtype), visible.unsqueeze(-1), want_share
         )
-    return out.flatten(1, 3).to(q_BHD.dtype), share.squeeze(-2) if want_share else share
+    return out.flatten(1, 3).to(q_BHD.dtype), share.squeeze(-1) if want_share else share
 
 
 def decode_compressed(

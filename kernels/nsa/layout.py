@@ -177,7 +177,7 @@ class NsaLayout:
 
     @cached_property
     def compressed_keys(self) -> tuple[Tensor, Tensor]:
-        """(S, C) compressed keys of each tile and bool (S, R, C) what its queries may see."""
+        """(S, C) compressed keys of each tile and bool (S, C, R), which its queries may see."""
         tiles = self.compressed_tiles.blocks
         number_C = torch.arange(max(1, self.compressed.most), device=self.start_B.device)
         first_S1 = self.compressed.first_B[tiles.doc_M][:, None]
@@ -186,24 +186,25 @@ class NsaLayout:
         key_SC = first_S1 + torch.minimum(number_C, last_S1)
         key_SC = key_SC.clamp(max=len(self.compressed_rows_ML) - 1)
         end_SR = self.end_N[tiles.row_ML]
-        visible_SRC = compressed_visible(end_SR[..., None], number_C, self.block, self.stride)
-        return key_SC, visible_SRC
+        number_C1 = number_C[:, None]
+        visible_SCR = compressed_visible(end_SR[:, None], number_C1, self.block, self.stride)
+        return key_SC, visible_SCR
 
     @cached_property
     def window_keys(self) -> tuple[Tensor, Tensor]:
-        """(S, C) token rows that the windows of each tile cover, bool (S, R, C) which are whose."""
+        """(S, C) token rows that the windows of each tile cover, bool (S, C, R) which are whose."""
         tiles = self.tiles.blocks
         num_keys = min(self.window + self.tile - 1, self.longest)
         time_SR = self.time_N[tiles.row_ML]
         prefix_S = self.prefix_B[tiles.doc_M]
         first_SR, stop_SR = window_bounds(time_SR, prefix_S[:, None], self.window)
         time_SC = first_SR[:, :1] + torch.arange(num_keys, device=self.start_B.device)
-        visible_SRC = (time_SC[:, None, :] >= first_SR[..., None]) & (
-            time_SC[:, None, :] < stop_SR[..., None]
+        visible_SCR = (time_SC[..., None] >= first_SR[:, None]) & (
+            time_SC[..., None] < stop_SR[:, None]
         )
         last_S1 = self.length_B[tiles.doc_M][:, None] - 1
         row_SC = self.start_B[tiles.doc_M][:, None] + torch.minimum(time_SC, last_S1)
-        return row_SC, visible_SRC
+        return row_SC, visible_SCR
 
 
 def lay_out(

@@ -26,6 +26,7 @@ from tiny_onn_kernels.nsa.tile_attention import (
     gather_sum,
     masked_scores,
     scaled,
+    weigh,
     wide_dtype,
 )
 
@@ -104,7 +105,7 @@ def share_of(lse_XG: Tensor, total_XG: Tensor) -> Tensor:
 class _PairAttention(torch.autograd.Function):
     """Attention of A = N * K scaled queries (A, G, D), each to the blocks it chose.
 
-    k, v: blocks of all heads, (Z, L, D) and (Z, L, E); visible: bool (S, R, L); block_S: block of
+    k, v: blocks of all heads, (Z, L, D) and (Z, L, E); visible: bool (S, L, R); block_S: block of
     each tile; chooser_X: query at each place; place_An: places of each query's pairs.
     """
 
@@ -114,40 +115,39 @@ class _PairAttention(torch.autograd.Function):
         q_AGD: Tensor,
         k_ZLD: Tensor,
         v_ZLE: Tensor,
-        visible_SRL: Tensor,
+        visible_SLR: Tensor,
         block_S: Tensor,
         chooser_X: Tensor,
         place_An: Tensor,
     ) -> Tensor:
-        q = q_AGD.index_select(0, chooser_X).unflatten(0, visible_SRL.shape[:2])
+        q = q_AGD.index_select(0, chooser_X).unflatten(0, visible_SLR.shape[::2])
         k, v = k_ZLD.index_select(0, block_S), v_ZLE.index_select(0, block_S)
-        scores = masked_scores(q, k, visible_SRL)
-        peak_SRG1 = scores.amax(dim=-1, keepdim=True)
-        weights = scores.softmax(dim=-1)
-        lse_SRG1 = peak_SRG1 - weights.amax(dim=-1, keepdim=True).log()  # e^(peak - lse) = max
-        lse_SRG1 = torch.where(any_visible(visible_SRL), lse_SRG1, -torch.inf)
-        lse_XG = lse_SRG1.squeeze(-1).flatten(0, 1)
+        scores = masked_scores(q, k, visible_SLR)
+        peak_SRG, weights = scores.amax(dim=1), scores.softmax(dim=1)
+        lse_SRG = peak_SRG - weights.amax(dim=1).log()  # e^(peak - lse) is the largest weight
+        lse_SRG = torch.where(any_visible(visible_SLR).squeeze(1), lse_SRG, -torch.inf)
+        lse_XG = lse_SRG.flatten(0, 1)
         lse_AnG = lse_XG.index_select(0, place_An.flatten()).unflatten(0, place_An.shape)
         share_XG1 = share_of(lse_XG, total_lse(lse_AnG).index_select(0, chooser_X)).unsqueeze(-1)
-        part_XGE = (weights.flatten(1, 2) @ v).unflatten(1, q.shape[1:3]).flatten(0, 1)
+        part_XGE = weigh(weights, v).flatten(0, 1)
         out_AGE = gather_sum(part_XGE.mul_(share_XG1), place_An)
         ctx.save_for_backward(
-            q_AGD, k_ZLD, v_ZLE, visible_SRL, block_S, chooser_X, place_An, out_AGE, share_XG1
+            q_AGD, k_ZLD, v_ZLE, visible_SLR, block_S, chooser_X, place_An, out_AGE, share_XG1
         )
         return out_AGE
 
     @staticmethod
     def backward(ctx: Any, grad_AGE: Tensor):
-        q_AGD, k_ZLD, v_ZLE, visible_SRL, block_S, chooser_X, place_An, *results = ctx.saved_tensors
+        q_AGD, k_ZLD, v_ZLE, visible_SLR, block_S, chooser_X, place_An, *results = ctx.saved_tensors
         out_AGE, share_XG1 = results
         delta_AG = (grad_AGE * out_AGE).sum(dim=-1)
         q, grad_out, delta = (
-            t.index_select(0, chooser_X).unflatten(0, visible_SRL.shape[:2])
+            t.index_select(0, chooser_X).unflatten(0, visible_SLR.shape[::2])
             for t in (q_AGD, grad_AGE, delta_AG)
         )
         k, v = k_ZLD.index_select(0, block_S), v_ZLE.index_select(0, block_S)
-        weights = masked_scores(q, k, visible_SRL).softmax(dim=-1)
-        weights.mul_(share_XG1.unflatten(0, visible_SRL.shape[:2]))
+        weights = masked_scores(q, k, visible_SLR).softmax(dim=1)
+        weights.mul_(share_XG1.view(len(block_S), 1, *q.shape[1:3]))
         grad_q, grad_k, grad_v = attention_adjoint(grad_out, q, k, v, weights, delta)
         return (
             gather_sum(grad_q.flatten(0, 1), place_An),
@@ -184,14 +184,14 @@ def selected_attention(
     chooser_X = tiles.pair_X.clamp(min=0) // count  # token and head: row of (N * K)
     time_SL = cover.blocks.time_ML[tiles.block_S % len(cover.blocks.doc_M)]
     end_X = layout.end_N[chooser_X // kv_heads]
-    visible_SRL = token_visible(end_X.view(len(time_SL), -1, 1), time_SL[:, None, :])
-    visible_SRL = visible_SRL & (tiles.pair_X >= 0).view(len(time_SL), -1, 1)
+    visible_SLR = token_visible(end_X.view(len(time_SL), 1, -1), time_SL[:, :, None])
+    visible_SLR = visible_SLR & (tiles.pair_X >= 0).view(len(time_SL), 1, -1)
     with full_precision(q_NHD):
         out_AGE = _PairAttention.apply(
             scaled(q_NHD).reshape(num_tokens * kv_heads, groups, -1),
             _head_blocks(k_NKD.to(dtype), cover),
             _head_blocks(v_NKE.to(dtype), cover),
-            visible_SRL,
+            visible_SLR,
             tiles.block_S,
             chooser_X,
             tiles.place_P.view(num_tokens * kv_heads, count),

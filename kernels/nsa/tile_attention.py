@@ -34,8 +34,8 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def group_share(weights: Tensor) -> Tensor:
-    """Equation 10: the weights of a group's heads summed, (..., R, G, C) -> (..., R, C)."""
-    return weights.sum(dim=-2)
+    """Equation 10: the weights of a group's heads summed, (..., C, R, G) -> (..., C, R)."""
+    return weights.sum(dim=-1)
 
 
 def gather_sum(rows: Tensor, place: Tensor) -> Tensor:
@@ -65,46 +65,51 @@ class Take(torch.autograd.Function):
 
 
 def masked_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """(..., R, G, C) products of scaled queries and keys, HIDDEN_SCORE where hidden.
+    """(..., C, R, G) products of keys and scaled queries, HIDDEN_SCORE where hidden.
 
-    Added, not filled in: on a CPU a sum is several times faster than a masked fill.
+    Keys come first, so that a softmax over few of them still runs along whole vectors of queries
+    (ten times as fast on a CPU for 11 keys). The mask is added, not filled in: faster too.
     """
-    scores = (q.flatten(-3, -2) @ k.mT).unflatten(-2, q.shape[-3:-1])
+    scores = (k @ q.flatten(-3, -2).mT).unflatten(-1, q.shape[-3:-1])
     bias = visible.to(q.dtype).sub_(1).mul_(-HIDDEN_SCORE)
-    return scores.add_(bias.unsqueeze(-2))
+    return scores.add_(bias.unsqueeze(-1))
 
 
 def any_visible(visible: Tensor) -> Tensor:
-    """bool (..., R, 1, 1): queries with a key, beside (..., R, G, C)."""
-    return visible.any(dim=-1)[..., None, None]
+    """bool (..., 1, R, 1): queries with a key, beside (..., C, R, G)."""
+    return visible.any(dim=-2, keepdim=True).unsqueeze(-1)
+
+
+def weigh(weights: Tensor, values: Tensor) -> Tensor:
+    """(..., C, R, G) weights and (..., C, E) values -> (..., R, G, E)."""
+    return (weights.flatten(-2).mT @ values).unflatten(-2, weights.shape[-2:])
 
 
 def _weights(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """(..., R, G, C) softmax over visible keys; zeros in rows without any."""
-    return masked_scores(q, k, visible).softmax(dim=-1).mul_(any_visible(visible))
+    """(..., C, R, G) softmax over visible keys; zeros for queries without any."""
+    return masked_scores(q, k, visible).softmax(dim=-3).mul_(any_visible(visible))
 
 
 def attention_adjoint(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scaled queries, keys and values; overwrites nothing but ``weights``.
+    """Gradients of scaled queries, keys and values.
 
-    grad_out: (..., R, G, E); weights: (..., R, G, C); delta: (..., R, G), sum of the output times
+    grad_out: (..., R, G, E); weights: (..., C, R, G); delta: (..., R, G), sum of the output times
     its gradient.
     """
-    heads, grad_flat = q.shape[-3:-1], grad_out.flatten(-3, -2)
-    grad_v = weights.flatten(-3, -2).mT @ grad_flat
-    grad_scores = (grad_flat @ v.mT).unflatten(-2, heads).sub_(delta.unsqueeze(-1))
-    grad_scores = grad_scores.mul_(weights).flatten(-3, -2)
-    grad_q = (grad_scores @ k).unflatten(-2, heads)
-    return grad_q, grad_scores.mT @ q.flatten(-3, -2), grad_v
+    grad_flat = grad_out.flatten(-3, -2)
+    grad_v = weights.flatten(-2) @ grad_flat
+    grad_scores = (v @ grad_flat.mT).unflatten(-1, delta.shape[-2:]).sub_(delta.unsqueeze(-3))
+    grad_scores.mul_(weights)
+    return weigh(grad_scores, k), grad_scores.flatten(-2) @ q.flatten(-3, -2), grad_v
 
 
 class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, want_share: bool):
         weights = _weights(q, k, visible)
-        out = (weights.flatten(-3, -2) @ v).unflatten(-2, q.shape[-3:-1])
+        out = weigh(weights, v)
         share = group_share(weights) if want_share else out.new_empty(0)
         ctx.save_for_backward(q, k, v, visible, out)
         ctx.mark_non_differentiable(share)
@@ -126,11 +131,11 @@ def tile_attention(
     Args:
         q, k, v: (..., R, G, D), (..., C, D), (..., C, E) of one dtype, float32 or float64, the
             queries divided by sqrt(D); at least one key. Hidden keys and values must be finite.
-        visible: bool, broadcast to (..., R, C).
+        visible: bool, broadcast to (..., C, R).
         want_share: also return the weights, summed over the group.
 
     Returns:
-        output (..., R, G, E), and the group's weights (..., R, C), without gradient (empty if not
+        output (..., R, G, E), and the group's weights (..., C, R), without gradient (empty if not
         wanted).
     """
     return _TileAttention.apply(q, k, v, visible, want_share)
@@ -147,7 +152,7 @@ def attend_in_tiles(
     v_XKE: Tensor,
     tiles: Cover,
     key_SC: Tensor,
-    visible_SRC: Tensor,
+    visible_SCR: Tensor,
     want_share: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Packed scaled queries, cut into ``tiles``, on the keys ``key_SC`` of each tile.
@@ -163,9 +168,10 @@ def attend_in_tiles(
         t.index_select(0, key_SC.flatten()).unflatten(0, (num_tiles, num_keys)).transpose(1, 2)
         for t in (k_XKD, v_XKE)
     )
-    out, share = tile_attention(q, k, v, visible_SRC[:, None], want_share)
+    out, share = tile_attention(q, k, v, visible_SCR[:, None], want_share)
     out = out.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     out_NHE = Take.apply(out, tiles.slot_N, tiles.token_X)
     if not want_share:
         return out_NHE, None
-    return out_NHE, share.transpose(1, 2).flatten(0, 1).index_select(0, tiles.slot_N)
+    share_XKC = share.permute(0, 3, 1, 2).flatten(0, 1)  # from (S, K, C, R)
+    return out_NHE, share_XKC.index_select(0, tiles.slot_N)

@@ -23,7 +23,7 @@ def window_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, layout: NsaLay
     Peak memory grows as N * (w + tile) * H.
     """
     dtype = wide_dtype(q_NHD.dtype)
-    row_SC, visible_SRC = layout.window_keys
+    row_SC, visible_SCR = layout.window_keys
     with full_precision(q_NHD):
         out_NHE, _ = attend_in_tiles(
             scaled(q_NHD),
@@ -31,6 +31,6 @@ def window_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, layout: NsaLay
             v_NKE.to(dtype),
             layout.tiles,
             row_SC,
-            visible_SRC,
+            visible_SCR,
         )
     return out_NHE.to(q_NHD.dtype)

@@ -94,19 +94,7 @@ from tiny_onn.config.load import config_from_dict
 from tiny_onn.errors import run_cli
 from tiny_onn.training.run import run_training
 
-<<<<<<< HEAD
 run_cli(lambda: run_training(config_from_dict(json.loads(sys.argv[1]))))
-=======
-given = json.loads(sys.argv[1])
-given["model"]["deep_embed"] = DeepEmbedConfig(**given["model"]["deep_embed"])
-sections = {
-    "data": DataConfig, "model": ModelConfig, "nsa": NsaConfig, "moe": MoeConfig,
-    "reset": ResetConfig, "optim": OptimConfig, "budget": BudgetConfig,
-    "trainer": TrainerConfig, "ops": OpsConfig,
-}
-given = {k: sections[k](**v) if k in sections else v for k, v in given.items()}
-run_cli(lambda: run_training(Config(**given)))
->>>>>>> a67fdf1ef10dbf6c4778ddab2b5838f22c60abec
 """
 
 

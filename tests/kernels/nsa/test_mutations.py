@@ -85,7 +85,7 @@ MUTATIONS = {
     "scores of the group's first head": (
         tile_attention,
         "group_share",
-        lambda weights: weights[..., 0, :].clone(),
+        lambda weights: weights[..., 0].clone(),
     ),
     "one local block": (select, "NUM_LOCAL", 1),
     "gates of the branches swapped": (

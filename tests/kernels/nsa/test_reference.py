@@ -51,13 +51,13 @@ def test_a_window_of_one_returns_the_own_value(case):
 @pytest.mark.parametrize("prefix", [0, 4, 20])
 def test_a_window_has_w_keys_the_own_among_them(window, prefix):
     layout = Case((20, 3), (prefix, 0), window=window, tile=4).layout()
-    row_SC, visible_SRC = layout.window_keys
+    row_SC, visible_SCR = layout.window_keys
     seen = torch.zeros(23, 23, dtype=torch.long)
     tiles = layout.tiles
     for s in range(len(row_SC)):
         for r, token in enumerate(tiles.token_X.view(len(row_SC), -1)[s].tolist()):
             if token >= 0:
-                seen[token].index_add_(0, row_SC[s], visible_SRC[s, r].long())
+                seen[token].index_add_(0, row_SC[s], visible_SCR[s, :, r].long())
     assert seen.max() == 1 and (seen.diagonal() == 1).all()
     available = layout.end_N + 1
     assert torch.equal(seen.sum(1), available.clamp(max=window))
@@ -130,8 +130,8 @@ def test_tokens_that_no_whole_block_precedes_get_exactly_zero_and_finite_gradien
 
 def test_a_prefix_sees_whole_blocks_ahead_but_none_that_crosses_its_end():
     layout = Case((12,), (7,), block=4, stride=2).layout()  # blocks end at 3, 5, 7, 9, 11
-    _, visible_SRC = layout.compressed_keys
-    counts = visible_SRC[0, :12].sum(-1).tolist()
+    _, visible_SCR = layout.compressed_keys
+    counts = visible_SCR[0, :, :12].sum(0).tolist()
     assert counts == [2, 2, 2, 2, 2, 2, 2, 3, 3, 4, 4, 5]
 
 
