@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NANO = ["preset=nano", "trainer.compile=false"]
+NANO = ["preset=nano", "network=dense", "trainer.compile=false"]
 BIG = ["model.deep_embed.keys=[ngram]", "model.deep_embed.store=memmap"]
 ARMS = {
     "off": [],

@@ -183,3 +183,25 @@ def test_what_the_grouped_product_cannot_take_is_named():
         assert "multiples of 8" in grouped_mm_needs(torch.bfloat16, 12, 16)
         assert "multiples of 4" in grouped_mm_needs(torch.float32, 16, 6)
         assert "float64" in grouped_mm_needs(torch.float64, 16, 16)
+
+
+@pytest.mark.parametrize("case", CASES + ODD_CASES, ids=str)
+@pytest.mark.parametrize("rounding", [4, 64])
+def test_rounding_rows_up_changes_neither_values_nor_gradients(case, rounding, monkeypatch):
+    monkeypatch.setattr(reference, "ROUNDING", 1)
+    plain = results(expert_ffn, case, torch.float64)
+    monkeypatch.setattr(reference, "ROUNDING", rounding)
+    for a, b in zip(results(expert_ffn, case, torch.float64), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_rounding_gives_used_experts_multiples_and_unused_ones_nothing(monkeypatch):
+    monkeypatch.setattr(reference, "ROUNDING", 8)
+    mask_NE = make_mask(Case(37, 5, 8, 8, "dead"))
+    mask_NE[:, 2] = True  # 37 of 37: no further tokens to be had
+    rounded_NE = reference.rounded(mask_NE)
+    assert (rounded_NE | ~mask_NE).all()
+    counts = rounded_NE.sum(dim=0)
+    assert counts[0] == counts[4] == 0 and counts[2] == 37
+    assert (counts[[1, 3]] % 8 == 0).all() and (counts - mask_NE.sum(dim=0) < 8).all()
+    assert torch.equal(reference.rounded(rounded_NE), rounded_NE)
