@@ -194,7 +194,8 @@ class NativeSparseAttention(nn.Module):
             raw_k_BKD, v_BFKD[:, 0], context.cos, context.sin, self.compress
         )
         compressed_BHD, share_BKC = nsa.decode_compressed(q_BHD, *compressed, cache.count_B)
-        if cache.reads_all(settings.select_count * settings.select_block):
+        reads_all = cache.reads_all(settings.select_count * settings.select_block)
+        if reads_all:
             selected_BHD = attend_cached(q_BHD, *seen[0], context.bias_B11T)
         else:
             score_BKJ = nsa.block_scores(
@@ -210,9 +211,11 @@ class NativeSparseAttention(nn.Module):
             selected_BHD = nsa.decode_selected(
                 q_BHD, *seen[0], index_BKn, time_B, settings.select_block
             )
-        if cache.reads_all(settings.window):
-            window_BHD = attend_cached(q_BHD, *seen[-1], context.bias_B11T)
-        else:
+        if not cache.reads_all(settings.window):
             window_BHD = nsa.decode_window(q_BHD, *seen[-1], time_B, settings.window)
+        elif reads_all and len(seen) == 1:
+            window_BHD = selected_BHD
+        else:
+            window_BHD = attend_cached(q_BHD, *seen[-1], context.bias_B11T)
         out_BHD = nsa.combine(gate_BH3, compressed_BHD, selected_BHD, window_BHD)
         return out_BHD.to(q_BHD.dtype)
