@@ -32,9 +32,10 @@ def compress(
         blocks_MLKD: un-rotated keys, or values, of every block; any dtype.
         position_L1D, inner_FX, outer_DF: PE, W_inner (F, L * D), W_outer (D, F).
     """
-    block_MLKD = blocks_MLKD + position_L1D
-    hidden_MKF = F.gelu(F.linear(block_MLKD.transpose(1, 2).flatten(2), inner_FX))
-    return block_MLKD.mean(dim=1) + F.linear(hidden_MKF, outer_DF)
+    # PE enters through linear maps only: as a constant, it spares a pass over all blocks.
+    shift_F = F.linear(position_L1D.flatten(), inner_FX)
+    hidden_MKF = F.gelu(F.linear(blocks_MLKD.transpose(1, 2).flatten(2), inner_FX) + shift_F)
+    return blocks_MLKD.mean(dim=1) + position_L1D.mean(dim=0) + F.linear(hidden_MKF, outer_DF)
 
 
 def take_blocks(x_NKD: Tensor, layout: NsaLayout) -> Tensor:
