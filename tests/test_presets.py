@@ -15,6 +15,7 @@ SHRUNK = [
     "model.kv_heads=2",
     "model.head_width=16",
     "model.ffn_width=48",
+    "moe.expert_width=16",
     "budget.steps=2",
     "data.workers=0",
     "data.batch_tokens=4096",
@@ -24,10 +25,13 @@ SHRUNK = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["nano", "small", "base"])
-def test_a_shrunk_preset_trains_predicts_and_scores(preset, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("preset", "network"),
+    [("nano", "sparse"), ("small", "sparse"), ("base", "sparse"), ("base", "dense")],
+)
+def test_a_shrunk_preset_trains_predicts_and_scores(preset, network, tmp_path, capsys):
     run = tmp_path / "run"
-    config = load_config([f"preset={preset}", f"out={run}", *SHRUNK])
+    config = load_config([f"preset={preset}", f"network={network}", f"out={run}", *SHRUNK])
     assert run_training(config) == 0
     ids = tmp_path / "ids.txt"
     ids.write_text("00576224\n0692e18c\n")
