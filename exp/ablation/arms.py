@@ -11,7 +11,7 @@ from tiny_onn.config.keys import suggestion
 from tiny_onn.errors import UserError
 
 OWN_KEYS = (
-    *("budget", "seed", "out", "resume", "stage", "preset"),
+    *("budget", "seed", "out", "resume", "stage", "preset", "network"),
     *("data.holdout", "data.track", "trainer.threads"),
 )
 """Keys and groups that this experiment sets itself."""
@@ -111,6 +111,7 @@ class Run:
         return [
             "stage=pretrain",
             "preset=nano",
+            "network=dense",  # and beside it what the arm switches on
             "data.track=nano",
             "data.holdout=train_tests",
             f"trainer.holdout_decode={HOLDOUT_OUTPUTS}",
