@@ -26,6 +26,7 @@ def small_checkpoint(tmp_path):
     """``small_checkpoint(folder)``: an untrained network of two small tasks, saved there; dense
     unless ``model`` (settings of ModelConfig), ``moe`` and ``nsa`` say otherwise."""
     import numpy as np
+    import torch
 
     from tiny_onn.arc.corpus import build_corpus
     from tiny_onn.config.schema import Config, DataConfig, ModelConfig, MoeConfig, NsaConfig
@@ -51,6 +52,7 @@ def small_checkpoint(tmp_path):
             nsa=nsa or NsaConfig(),
         )
         corpus = build_corpus(data)
+        torch.manual_seed(0)
         model = build_model(config.model, len(corpus.task_ids), config.moe, config.nsa)
         save_checkpoint(folder, model, config, corpus.task_ids, {})
         return load_model(folder)
