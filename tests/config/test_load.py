@@ -367,3 +367,10 @@ def test_a_saved_configuration_is_not_a_way_into_the_environment(monkeypatch):
     saved["out"] = "${oc.env:SECRET}"
     with pytest.raises(UserError, match="plain value"):
         config_from_dict(saved)
+
+
+def test_the_long_network_keeps_its_blocks_whatever_the_preset():
+    for preset in names_in("preset"):
+        nsa = load_config(["network=sparse_long", f"preset={preset}"]).nsa
+        sizes = (nsa.block, nsa.stride, nsa.select_block, nsa.select_count, nsa.window)
+        assert sizes == (32, 16, 64, 16, 512)

@@ -37,18 +37,18 @@ examples:
 def train_help(files: Mapping[str, Mapping[str, Path]]) -> str:
     """Text of ``train.py --help``.
 
-    ``files`` maps the kinds stage, network and preset to their files by name; each is described by
+    ``files`` maps the kinds stage, preset and network to their files by name; each is described by
     its first line.
     """
     return "\n".join(
         [
-            "usage: python train.py [stage=STAGE] [network=NETWORK] [preset=PRESET] "
+            "usage: python train.py [stage=STAGE] [preset=PRESET] [network=NETWORK] "
             "[key=value ...]",
             "",
             "Trains a model from scratch on ARC tasks. Later settings win: defaults < "
             "configs/base.yaml",
-            "< configs/stage/STAGE.yaml < configs/network/NETWORK.yaml",
-            "< configs/preset/PRESET.yaml < key=value.",
+            "< configs/stage/STAGE.yaml < configs/preset/PRESET.yaml",
+            "< configs/network/NETWORK.yaml < key=value.",
             "",
             *(line for kind, named in files.items() for line in (f"{kind}s:", *_files(named), "")),
             *_keys(keys_of(Config)),

@@ -1,7 +1,7 @@
 """Command line and YAML to a frozen configuration, and back.
 
 Later layers win: schema defaults < configs/base.yaml < configs/stage/<stage>.yaml <
-configs/network/<network>.yaml < configs/preset/<preset>.yaml < ``key=value`` arguments (submit:
+configs/preset/<preset>.yaml < configs/network/<network>.yaml < ``key=value`` arguments (submit:
 schema < configs/submit.yaml < arguments). The only file that knows OmegaConf, and PyYAML for the
 error type OmegaConf raises.
 """
@@ -28,7 +28,7 @@ from tiny_onn.errors import UserError
 
 AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig, InspectConfig)
 
-KINDS = ("stage", "network", "preset")
+KINDS = ("stage", "preset", "network")
 """Settings that name a file of other settings; later ones win."""
 
 _HELP_FLAGS = frozenset({"-h", "--help", "help"})
