@@ -1,7 +1,8 @@
 """The compressed branch: overlapping blocks pooled to one key and value each (equation 7).
 
 Shapes: N tokens, M compressed blocks, L = l tokens of a block, H query heads, K key/value heads,
-D head width, E value width, F hidden width of phi, C most compressed blocks of a document.
+D head width, E value width, F hidden width of phi, C most compressed blocks of a document, or
+chunks of d tokens, P = l / d of a block.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tiny_onn_kernels.nsa.layout import NsaLayout
 from tiny_onn_kernels.nsa.tile_attention import (
+    Take,
     attend_in_tiles,
     full_precision,
     scaled,
@@ -42,6 +44,33 @@ def take_blocks(x_NKD: Tensor, layout: NsaLayout) -> Tensor:
     """What :func:`compress` pools: (M, L, K, D), M at least 1 (see ``compressed_rows_ML``)."""
     rows_ML = layout.compressed_rows_ML
     return x_NKD.index_select(0, rows_ML.flatten()).unflatten(0, rows_ML.shape)
+
+
+def compress_packed(
+    x_NKD: Tensor, layout: NsaLayout, position_L1D: Tensor, inner_FX: Tensor, outer_DF: Tensor
+) -> Tensor:
+    """``compress(take_blocks(x_NKD, layout), ...)``, (M, K, D), without copying the overlaps.
+
+    A block is l / d chunks of d tokens, and phi is linear up to its activation: every chunk passes
+    the l / d slices of W_inner once, and blocks add up what their chunks gave.
+    """
+    if not len(layout.compressed.row_ML):
+        return compress(take_blocks(x_NKD, layout), position_L1D, inner_FX, outer_DF)
+    cover, parts = layout.chunks, layout.block // layout.stride
+    chunk_CdKD = Take.apply(x_NKD, cover.token_X, cover.slot_N).unflatten(
+        0, cover.blocks.row_ML.shape
+    )
+    slices_YX = inner_FX.unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 1)
+    hidden_CKPF = F.linear(chunk_CdKD.transpose(1, 2).flatten(2), slices_YX)
+    hidden_CKPF = hidden_CKPF.unflatten(-1, (parts, -1))
+    mean_CKD = chunk_CdKD.mean(dim=1)
+    first_M = cover.blocks.first_B[layout.compressed.doc_M] + layout.compressed.number_M
+    hidden_MKF = F.linear(position_L1D.flatten(), inner_FX)
+    mean_MKD = parts * position_L1D.mean(dim=0)
+    for part in range(parts):
+        hidden_MKF = hidden_MKF + hidden_CKPF[:, :, part].index_select(0, first_M + part)
+        mean_MKD = mean_MKD + mean_CKD.index_select(0, first_M + part)
+    return mean_MKD / parts + F.linear(F.gelu(hidden_MKF), outer_DF)
 
 
 def compressed_attention(

@@ -84,10 +84,10 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Cover:
-    """Blocks that cover every document without overlap, and the way back.
+    """Blocks without overlap, and the way back.
 
-    slot_N: int64 (N,) place of every token among the M * L of the blocks; token_X: int64 (M * L,)
-    token of every place, -1 where a document's last block is not full.
+    slot_N: int64 (N,) place of every token among the M * L of the blocks, -1 where there is none;
+    token_X: int64 (M * L,) token of every place, -1 where a document's last block is not full.
     """
 
     blocks: Blocks
@@ -150,6 +150,17 @@ class NsaLayout:
         """The compressed branch's blocks: none in documents shorter than one."""
         counts = [num_compressed(n, self.block, self.stride) for n in self.lengths]
         return self._blocks(counts, self.block, self.stride)
+
+    @cached_property
+    def chunks(self) -> Cover:
+        """Runs of d tokens that compressed blocks are made of: block i of a document is its chunks
+        i to i + l / d - 1. None in documents without such blocks."""
+        counts = [n // self.stride if n >= self.block else 0 for n in self.lengths]
+        blocks = self._blocks(counts, self.stride, self.stride)
+        token_X = blocks.row_ML.flatten()
+        slot_N = torch.full_like(self.doc_N, -1)
+        slot_N[token_X] = torch.arange(len(token_X), device=token_X.device)
+        return Cover(blocks, slot_N, token_X)
 
     @cached_property
     def compressed_rows_ML(self) -> Tensor:

@@ -12,7 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tiny_onn_kernels.nsa.compressed import compress, compressed_attention, take_blocks
+from tiny_onn_kernels.nsa.compressed import (
+    compress,
+    compress_packed,
+    compressed_attention,
+    take_blocks,
+)
 from tiny_onn_kernels.nsa.decode import decode_compressed, decode_selected, decode_window
 from tiny_onn_kernels.nsa.layout import NsaLayout, lay_out, num_compressed
 from tiny_onn_kernels.nsa.select import NUM_FORCED, block_scores, choose_blocks
@@ -26,6 +31,7 @@ __all__ = [
     "choose_blocks",
     "combine",
     "compress",
+    "compress_packed",
     "compressed_attention",
     "decode_compressed",
     "decode_selected",

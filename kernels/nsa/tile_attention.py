@@ -60,8 +60,8 @@ class Take(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         picked = grad.index_select(0, inverse.clamp(min=0))
-        missing = (inverse < 0).view(-1, *(1,) * (grad.dim() - 1))
-        return picked.masked_fill_(missing, 0), None, None
+        present = (inverse >= 0).view(-1, *(1,) * (grad.dim() - 1))
+        return picked.mul_(present), None, None
 
 
 def masked_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ class _TileAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor):
         q, k, v, visible, out = ctx.saved_tensors
+        grad_out = grad_out.contiguous()  # or every product below copies it
         delta = (grad_out * out).sum(dim=-1)
         weights = _weights(q, k, visible)
         return *attention_adjoint(grad_out, q, k, v, weights, delta), None, None
@@ -164,10 +165,12 @@ def attend_in_tiles(
     num_heads, kv_heads = q_NHD.shape[1], k_XKD.shape[1]
     q = Take.apply(q_NHD, tiles.blocks.row_ML.flatten(), tiles.slot_N)
     q = q.view(num_tiles, rows, kv_heads, num_heads // kv_heads, -1).transpose(1, 2)
+    q = q.contiguous()  # once, or every product copies it
     k, v = (
         t.index_select(0, key_SC.flatten()).unflatten(0, (num_tiles, num_keys)).transpose(1, 2)
         for t in (k_XKD, v_XKE)
     )
+    k, v = k.contiguous(), v.contiguous()
     out, share = tile_attention(q, k, v, visible_SCR[:, None], want_share)
     out = out.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     out_NHE = Take.apply(out, tiles.slot_N, tiles.token_X)

@@ -48,6 +48,12 @@ class BlockCompressor(nn.Module):
     def forward(self, blocks_MLKD: Tensor) -> Tensor:
         return nsa.compress(blocks_MLKD, self.position, self.inner.weight, self.outer.weight)
 
+    def packed(self, x_NKD: Tensor, layout: nsa.NsaLayout) -> Tensor:
+        """Every block of packed documents, (M, K, D): the same as ``forward``, in less time."""
+        return nsa.compress_packed(
+            x_NKD, layout, self.position, self.inner.weight, self.outer.weight
+        )
+
 
 class NativeSparseAttention(nn.Module):
     """``project`` before and ``out`` after ``attend``, as :class:`FullAttention`.
@@ -96,7 +102,7 @@ class NativeSparseAttention(nn.Module):
         whole_NXD = rotate(self.key_norm(whole_NXD.to(wide)), cos, sin)
         return (
             q_NHD.to(v_NXD.dtype),
-            k_NXD[:, : self.kv_heads],
+            k_NXD if self.branches == 1 else k_NXD[:, : self.kv_heads],
             whole_NXD.to(v_NXD.dtype).unflatten(1, (-1, self.kv_heads)),
             v_NXD.unflatten(1, (-1, self.kv_heads)),
             self.gate(x_NC).sigmoid().unflatten(-1, (self.heads, 3)),
@@ -106,10 +112,12 @@ class NativeSparseAttention(nn.Module):
         self, raw_k_MLKD: Tensor, v_MLKD: Tensor, cos_M1P: Tensor, sin_M1P: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compressed keys, rotated to their blocks' first positions, and values: (M, K, D)."""
-        wide = raw_k_MLKD.dtype if raw_k_MLKD.dtype.itemsize > 4 else cos_M1P.dtype
-        k_MKD = self.compressed_key_norm(self.compress_key(raw_k_MLKD).to(wide))
-        k_MKD = rotate(k_MKD, cos_M1P, sin_M1P).to(raw_k_MLKD.dtype)
-        return k_MKD, self.compress_value(v_MLKD).to(v_MLKD.dtype)
+        k_MKD = self._rotate_compressed(self.compress_key(raw_k_MLKD), cos_M1P, sin_M1P)
+        return k_MKD.to(raw_k_MLKD.dtype), self.compress_value(v_MLKD).to(v_MLKD.dtype)
+
+    def _rotate_compressed(self, k_MKD: Tensor, cos_M1P: Tensor, sin_M1P: Tensor) -> Tensor:
+        wide = k_MKD.dtype if k_MKD.dtype.itemsize > 4 else cos_M1P.dtype
+        return rotate(self.compressed_key_norm(k_MKD.to(wide)), cos_M1P, sin_M1P)
 
     def attend(
         self,
@@ -134,7 +142,7 @@ class NativeSparseAttention(nn.Module):
     def _whole(self, k_NEKD: Tensor, v_NFKD: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the selected and the window branch: two pairs, or one for both."""
         if self.branches == 1:
-            return [(k_NEKD[:, 0], v_NFKD[:, 0])]
+            return [(k_NEKD.squeeze(1), v_NFKD.squeeze(1))]
         return [(k_NEKD[:, 0], v_NFKD[:, 1]), (k_NEKD[:, 1], v_NFKD[:, 2])]
 
     def _attend_packed(
@@ -147,14 +155,14 @@ class NativeSparseAttention(nn.Module):
         context: AttentionContext,
     ) -> Tensor:
         plan: NsaPlan = context.attend
-        layout, v_NKD, index_NKn = plan.layout, v_NFKD[:, 0], None
+        layout, index_NKn = plan.layout, None
+        v_NKD = v_NFKD.squeeze(1) if self.branches == 1 else v_NFKD[:, 0]
         first_M = layout.compressed_rows_ML[:, 0]
-        compressed = self.compress(
-            nsa.take_blocks(raw_k_NKD, layout),
-            nsa.take_blocks(v_NKD, layout),
-            context.cos[first_M],
-            context.sin[first_M],
+        k_MKD = self._rotate_compressed(
+            self.compress_key.packed(raw_k_NKD, layout), context.cos[first_M], context.sin[first_M]
         )
+        v_MKD = self.compress_value.packed(v_NKD, layout)
+        compressed = (k_MKD.to(raw_k_NKD.dtype), v_MKD.to(v_NKD.dtype))
         pairs = self._whole(k_NEKD, v_NFKD)
         if context.cache is not None:
             for k_NKD, v_whole_NKD in pairs:

@@ -230,3 +230,28 @@ def test_sizes_that_do_not_fit_are_refused(sizes):
 def test_lengths_are_read_from_the_offsets_if_not_given():
     layout = nsa.lay_out(torch.tensor([0, 5, 6]), block=2, stride=1, select_block=2, window=3)
     assert layout.lengths == (5, 1) and layout.end_N.tolist() == [0, 1, 2, 3, 4, 0]
+
+
+@pytest.mark.parametrize("sizes", [(4, 2), (4, 4), (6, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(9, 6, 3), (5,), (2, 1), (40, 1, 12)], ids=str)
+def test_phi_by_chunks_is_phi_of_every_block_in_values_and_gradients(sizes, lengths):
+    block, stride = sizes
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    layout = nsa.lay_out(offsets, block=block, stride=stride, select_block=block * stride, window=4)
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x_NKD = leaf(sum(lengths), 2, 5)
+    weights = (leaf(block, 1, 5), leaf(7, block * 5), leaf(5, 7))
+    by_chunks = nsa.compress_packed(x_NKD, layout, *weights)
+    by_blocks = nsa.compress(nsa.take_blocks(x_NKD, layout), *weights)
+    torch.testing.assert_close(by_chunks, by_blocks, rtol=1e-12, atol=1e-12)
+    pull = torch.randn_like(by_blocks)
+    for a, b in zip(
+        torch.autograd.grad(by_chunks, (x_NKD, *weights), pull),
+        torch.autograd.grad(by_blocks, (x_NKD, *weights), pull),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
