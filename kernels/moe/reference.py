@@ -3,7 +3,8 @@
     y_t = sum over e with mask_te of  weight_te * down_e (silu(a_te) * b_te),
     [a_te; b_te] = gate_up_e x_t                             (Shazeer, arXiv 2002.05202, section 2)
 
-Only active pairs (token, expert) are computed. Their rows are gathered expert by expert, run as
+Only active pairs (token, expert) are computed (and, in training on a CPU, a few of weight 0 beside
+them: ROUNDING). Their rows are gathered expert by expert, run as
 one ragged matrix product, weighted before the second product (which is linear), and summed token
 by token in the order of the experts: no atomics, so the result is the same in every run.
 
@@ -23,8 +24,8 @@ from torch import Tensor
 HAS_GROUPED_MM = hasattr(F, "grouped_mm")
 
 ROUNDING = 64
-"""On a CPU an expert's rows are rounded up to a multiple of this, because oneDNN compiles code for
-every new shape."""
+"""In training on a CPU an expert's rows are rounded up to a multiple of this, because oneDNN
+compiles code for every new shape. (Decoding has few rows, and few shapes.)"""
 
 RaggedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -114,8 +115,9 @@ def _run(
     down_ECF: Tensor,
     product: RaggedProduct,
 ) -> Tensor:
-    if mask_NE.device.type == "cpu":  # pairs of weight 0, which change nothing
-        weight_NE, mask_NE = weight_NE * mask_NE, rounded(mask_NE)
+    if torch.is_grad_enabled() and mask_NE.device.type == "cpu":
+        weight_NE = torch.where(mask_NE, weight_NE, 0)  # further pairs change nothing
+        mask_NE = rounded(mask_NE)
     pairs = dispatch(mask_NE)
     rows_PC = _Gather.apply(x_NC, pairs)
     gate_PF, up_PF = product(rows_PC, gate_up_EHC, pairs.ends_E).chunk(2, dim=1)

@@ -146,9 +146,10 @@ class _PairAttention(torch.autograd.Function):
             for t in (q_AGD, grad_AGE, delta_AG)
         )
         k, v = k_ZLD.index_select(0, block_S), v_ZLE.index_select(0, block_S)
-        weights = masked_scores(q, k, visible_SLR).softmax(dim=1)
-        weights.mul_(share_XG1.view(len(block_S), 1, *q.shape[1:3]))
-        grad_q, grad_k, grad_v = attention_adjoint(grad_out, q, k, v, weights, delta)
+        with full_precision(q):
+            weights = masked_scores(q, k, visible_SLR).softmax(dim=1)
+            weights.mul_(share_XG1.view(len(block_S), 1, *q.shape[1:3]))
+            grad_q, grad_k, grad_v = attention_adjoint(grad_out, q, k, v, weights, delta)
         return (
             gather_sum(grad_q.flatten(0, 1), place_An),
             torch.zeros_like(k_ZLD).index_add_(0, block_S, grad_k),

@@ -120,8 +120,9 @@ class _TileAttention(torch.autograd.Function):
         q, k, v, visible, out = ctx.saved_tensors
         grad_out = grad_out.contiguous()  # or every product below copies it
         delta = (grad_out * out).sum(dim=-1)
-        weights = _weights(q, k, visible)
-        return *attention_adjoint(grad_out, q, k, v, weights, delta), None, None
+        with full_precision(q):
+            weights = _weights(q, k, visible)
+            return *attention_adjoint(grad_out, q, k, v, weights, delta), None, None
 
 
 def tile_attention(

@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from tiny_onn.config.load import load_config
 from tiny_onn.errors import UserError
 
 
@@ -153,3 +154,11 @@ def test_settings_that_would_change_the_experiment_are_refused(arms, words, tag,
 def test_other_settings_are_accepted_under_a_tag(arms):
     arms.check_overrides([], "")
     arms.check_overrides(["moe.experts=4", "seedling=1"], "e4")
+
+
+def test_all_is_the_network_that_trains_by_default(arms):
+    words = arms.ARMS["all"].words
+    arm = load_config(["preset=nano", "network=dense", *words])
+    default = load_config(["preset=nano"])
+    for part in ("model", "nsa", "moe", "reset", "optim"):
+        assert getattr(arm, part) == getattr(default, part)

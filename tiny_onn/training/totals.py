@@ -15,7 +15,7 @@ class RunTotals:
     visible_pairs: int = 0
     documents: int = 0
     expert_pairs: int = 0
-    """Executed pairs (token, expert), summed over the layers with experts."""
+    """Active pairs (token, expert), fallbacks included, summed over the layers with experts."""
     seconds: float = 0.0
     next_holdout: int = 1
     """Number of the next hold-out measurement, in units of trainer.holdout_share."""

@@ -121,6 +121,20 @@ def test_autocast_does_not_lower_the_precision_inside():
         assert torch.equal(inputs.run(layout, case.count)[0], plain[0])
 
 
+def test_autocast_around_the_backward_pass_does_not_lower_it_either(branches):
+    case = Case(LENGTHS, PREFIXES, **OPTIONS)
+
+    def gradients(autocast):
+        inputs = case.inputs(torch.float32).require_grad()
+        outputs = branches(inputs, case.layout(), case.count)[:3]
+        loss = sum(out.square().sum() for out in outputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(loss, inputs.tensors()[:-1])
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_memory_holds_no_matrix_of_tokens_by_tokens(monkeypatch):
     """The largest tensor that forward and backward make grows with T (n l' + w) and T T / d."""
     from torch.utils._python_dispatch import TorchDispatchMode
