@@ -15,8 +15,6 @@ from tiny_onn_kernels.nsa.tile_attention import (
     Take,
     attend_in_tiles,
     full_precision,
-    scaled,
-    wide_dtype,
 )
 
 
@@ -87,16 +85,15 @@ def compressed_attention(
         (N, H, E) in the queries' dtype, exactly 0 for a token that no whole block precedes, and
         float32 or float64 (N, K, C) without gradient, or None. Peak memory grows as N * C * H.
     """
-    dtype = wide_dtype(q_NHD.dtype)
     key_SC, visible_SCR = layout.compressed_keys
     with full_precision(q_NHD):
         out_NHE, share_NKC = attend_in_tiles(
-            scaled(q_NHD),
-            k_MKD.to(dtype),
-            v_MKE.to(dtype),
+            q_NHD,
+            k_MKD,
+            v_MKE,
             layout.compressed_tiles,
             key_SC,
             visible_SCR,
             want_share,
         )
-    return out_NHE.to(q_NHD.dtype), share_NKC
+    return out_NHE, share_NKC

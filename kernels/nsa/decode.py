@@ -13,7 +13,6 @@ from torch import Tensor
 from tiny_onn_kernels.nsa.layout import token_visible, window_bounds
 from tiny_onn_kernels.nsa.tile_attention import (
     full_precision,
-    scaled,
     tile_attention,
     wide_dtype,
 )
@@ -24,7 +23,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """(B, H, E) and the group's weights (B, K, X); visible: bool, broadcast to (B, K, X)."""
     dtype, kv_heads = wide_dtype(q_BHD.dtype), k_BKXD.shape[1]
-    q_BK1GD = scaled(q_BHD).unflatten(1, (kv_heads, 1, -1))
+    q_BK1GD = q_BHD.to(dtype).unflatten(1, (kv_heads, 1, -1))
     with full_precision(q_BHD):
         out, share = tile_attention(
             q_BK1GD, k_BKXD.to(dtype), v_BKXE.to(dtype), visible.unsqueeze(-1), want_share

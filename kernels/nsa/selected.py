@@ -25,7 +25,6 @@ from tiny_onn_kernels.nsa.tile_attention import (
     full_precision,
     gather_sum,
     masked_scores,
-    scaled,
     weigh,
     wide_dtype,
 )
@@ -103,7 +102,7 @@ def share_of(lse_XG: Tensor, total_XG: Tensor) -> Tensor:
 
 
 class _PairAttention(torch.autograd.Function):
-    """Attention of A = N * K scaled queries (A, G, D), each to the blocks it chose.
+    """Attention of A = N * K queries (A, G, D), each to the blocks it chose.
 
     k, v: blocks of all heads, (Z, L, D) and (Z, L, E); visible: bool (S, L, R); block_S: block of
     each tile; chooser_X: query at each place; place_An: places of each query's pairs.
@@ -189,7 +188,7 @@ def selected_attention(
     visible_SLR = visible_SLR & (tiles.pair_X >= 0).view(len(time_SL), 1, -1)
     with full_precision(q_NHD):
         out_AGE = _PairAttention.apply(
-            scaled(q_NHD).reshape(num_tokens * kv_heads, groups, -1),
+            q_NHD.to(dtype).reshape(num_tokens * kv_heads, groups, -1),
             _head_blocks(k_NKD.to(dtype), cover),
             _head_blocks(v_NKE.to(dtype), cover),
             visible_SLR,

@@ -1,9 +1,9 @@
 """Attention of tiles of queries on tiles of keys: what all three branches are made of.
 
 Inside a tile every query has its own visible keys; a query without any gets output exactly 0
-and gradient 0. Softmax and sums are float32 at least. Nothing of the size of the
-scores is kept for the backward pass, which computes the weights again (Dao et al., arXiv
-2205.14135, algorithm 4).
+and gradient 0. Matrix products are in the dtype of their inputs, softmax and sums in float32 at
+least. Nothing of the size of the scores is kept for the backward pass, which computes the weights
+again (Dao et al., arXiv 2205.14135, algorithm 4).
 
 Shapes: ``...`` any leading sizes, R queries, G query heads of a key/value head, C keys, D head
 width, E value width; for packed tensors N tokens, H query heads, K key/value heads, S tiles.
@@ -64,15 +64,37 @@ class Take(torch.autograd.Function):
         return picked.mul_(present), None, None
 
 
+class Spread(torch.autograd.Function):
+    """rows[index] with any repetitions; the gradient is summed in float32 at least.
+
+    rows: (A, D); index: int64, any shape; returns (*index.shape, D).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = len(rows)
+        return rows.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        dtype, width = wide_dtype(grad.dtype), grad.shape[-1]
+        total = grad.new_zeros(ctx.num_rows, width, dtype=dtype)
+        total.index_add_(0, index.flatten(), grad.reshape(-1, width).to(dtype))
+        return total.to(grad.dtype), None
+
+
 def masked_scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    """(..., C, R, G) products of keys and scaled queries, HIDDEN_SCORE where hidden.
+    """(..., C, R, G) products of keys and queries over sqrt(D), HIDDEN_SCORE where hidden; float32
+    or float64.
 
     Keys come first, so that a softmax over few of them still runs along whole vectors of queries
     (ten times as fast on a CPU for 11 keys). The mask is added, not filled in: faster too.
     """
     scores = (k @ q.flatten(-3, -2).mT).unflatten(-1, q.shape[-3:-1])
-    bias = visible.to(q.dtype).sub_(1).mul_(-HIDDEN_SCORE)
-    return scores.add_(bias.unsqueeze(-1))
+    bias = visible.to(wide_dtype(q.dtype)).sub_(1).mul_(-HIDDEN_SCORE)
+    return torch.add(bias.unsqueeze(-1), scores, alpha=q.shape[-1] ** -0.5)
 
 
 def any_visible(visible: Tensor) -> Tensor:
@@ -93,24 +115,25 @@ def _weights(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
 def attention_adjoint(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of scaled queries, keys and values.
+    """Gradients of queries, keys and values, in their dtype.
 
-    grad_out: (..., R, G, E); weights: (..., C, R, G); delta: (..., R, G), sum of the output times
-    its gradient.
+    grad_out: (..., R, G, E) of their dtype; weights: (..., C, R, G), and delta: (..., R, G), the
+    sum of the output times its gradient, both float32 or float64.
     """
-    grad_flat = grad_out.flatten(-3, -2)
-    grad_v = weights.flatten(-2) @ grad_flat
-    grad_scores = (v @ grad_flat.mT).unflatten(-1, delta.shape[-2:]).sub_(delta.unsqueeze(-3))
-    grad_scores.mul_(weights)
-    return weigh(grad_scores, k), grad_scores.flatten(-2) @ q.flatten(-3, -2), grad_v
+    grad_flat, scale = grad_out.flatten(-3, -2), q.shape[-1] ** -0.5
+    grad_v = weights.flatten(-2).to(v.dtype) @ grad_flat
+    grad_scores = (v @ grad_flat.mT).unflatten(-1, delta.shape[-2:]) - delta.unsqueeze(-3)
+    grad_scores = grad_scores.mul_(weights).to(q.dtype)
+    grad_k = (grad_scores.flatten(-2) @ q.flatten(-3, -2)).mul_(scale)
+    return weigh(grad_scores, k).mul_(scale), grad_k, grad_v
 
 
 class _TileAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, want_share: bool):
         weights = _weights(q, k, visible)
-        out = weigh(weights, v)
-        share = group_share(weights) if want_share else out.new_empty(0)
+        out = weigh(weights.to(v.dtype), v)
+        share = group_share(weights) if want_share else weights.new_empty(0)
         ctx.save_for_backward(q, k, v, visible, out)
         ctx.mark_non_differentiable(share)
         return out, share
@@ -119,7 +142,8 @@ class _TileAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, _: Tensor):
         q, k, v, visible, out = ctx.saved_tensors
         grad_out = grad_out.contiguous()  # or every product below copies it
-        delta = (grad_out * out).sum(dim=-1)
+        wide = wide_dtype(out.dtype)
+        delta = (grad_out.to(wide) * out.to(wide)).sum(dim=-1)
         with full_precision(q):
             weights = _weights(q, k, visible)
             return *attention_adjoint(grad_out, q, k, v, weights, delta), None, None
@@ -128,24 +152,19 @@ class _TileAttention(torch.autograd.Function):
 def tile_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, want_share: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T) v over each query's visible keys.
+    """softmax(q k^T / sqrt(D)) v over each query's visible keys.
 
     Args:
-        q, k, v: (..., R, G, D), (..., C, D), (..., C, E) of one dtype, float32 or float64, the
-            queries divided by sqrt(D); at least one key. Hidden keys and values must be finite.
+        q, k, v: (..., R, G, D), (..., C, D), (..., C, E) of one dtype, best contiguous; at least
+            one key. Hidden keys and values must be finite.
         visible: bool, broadcast to (..., C, R).
         want_share: also return the weights, summed over the group.
 
     Returns:
-        output (..., R, G, E), and the group's weights (..., C, R), without gradient (empty if not
-        wanted).
+        output (..., R, G, E) in the dtype of v, and the group's weights (..., C, R), float32 or
+        float64, without gradient (empty if not wanted).
     """
     return _TileAttention.apply(q, k, v, visible, want_share)
-
-
-def scaled(q: Tensor) -> Tensor:
-    """Queries divided by sqrt(D), in the dtype that the references compute in."""
-    return q.to(wide_dtype(q.dtype)) * q.shape[-1] ** -0.5
 
 
 def attend_in_tiles(
@@ -157,24 +176,28 @@ def attend_in_tiles(
     visible_SCR: Tensor,
     want_share: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Packed scaled queries, cut into ``tiles``, on the keys ``key_SC`` of each tile.
+    """Packed queries, cut into ``tiles``, on the keys ``key_SC`` of each tile.
 
     k_XKD and v_XKE hold X keys of any kind. Returns (N, H, E), and (N, K, C) the group's weights
     on its tile's keys if wanted.
     """
-    (num_tiles, rows), num_keys = tiles.blocks.row_ML.shape, key_SC.shape[1]
-    num_heads, kv_heads = q_NHD.shape[1], k_XKD.shape[1]
-    q = Take.apply(q_NHD, tiles.blocks.row_ML.flatten(), tiles.slot_N)
-    q = q.view(num_tiles, rows, kv_heads, num_heads // kv_heads, -1).transpose(1, 2)
-    q = q.contiguous()  # once, or every product copies it
-    k, v = (
-        t.index_select(0, key_SC.flatten()).unflatten(0, (num_tiles, num_keys)).transpose(1, 2)
-        for t in (k_XKD, v_XKE)
-    )
-    k, v = k.contiguous(), v.contiguous()
+    (num_tokens, num_heads), kv_heads = q_NHD.shape[:2], k_XKD.shape[1]
+    num_tiles, rows = tiles.blocks.row_ML.shape
+    head_K = torch.arange(kv_heads, device=q_NHD.device)
+    # Rows of one head each, so that tiles are made, and taken apart, in one pass.
+    row_SKR = tiles.blocks.row_ML[:, None] * kv_heads + head_K[:, None]
+    tile_N, place_N = tiles.slot_N // rows, tiles.slot_N % rows
+    slot_NK = (tile_N[:, None] * kv_heads + head_K) * rows + place_N[:, None]
+    q = Take.apply(
+        q_NHD.reshape(num_tokens * kv_heads, -1), row_SKR.flatten(), slot_NK.flatten()
+    ).view(num_tiles, kv_heads, rows, num_heads // kv_heads, -1)
+    key_SKC = key_SC[:, None] * kv_heads + head_K[:, None]
+    k, v = (Spread.apply(t.reshape(-1, t.shape[-1]), key_SKC) for t in (k_XKD, v_XKE))
     out, share = tile_attention(q, k, v, visible_SCR[:, None], want_share)
-    out = out.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    out_NHE = Take.apply(out, tiles.slot_N, tiles.token_X)
+    token_SKR = tiles.token_X.view(num_tiles, 1, rows)
+    token_SKR = torch.where(token_SKR < 0, -1, token_SKR * kv_heads + head_K[:, None])
+    out = Take.apply(out.flatten(3).flatten(0, 2), slot_NK.flatten(), token_SKR.flatten())
+    out_NHE = out.view(num_tokens, num_heads, -1)
     if not want_share:
         return out_NHE, None
     share_XKC = share.permute(0, 3, 1, 2).flatten(0, 1)  # from (S, K, C, R)

@@ -11,8 +11,6 @@ from tiny_onn_kernels.nsa.layout import NsaLayout
 from tiny_onn_kernels.nsa.tile_attention import (
     attend_in_tiles,
     full_precision,
-    scaled,
-    wide_dtype,
 )
 
 
@@ -22,15 +20,14 @@ def window_attention(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, layout: NsaLay
     Which these are: :mod:`tiny_onn_kernels.nsa.layout`. Returns (N, H, E) in the queries' dtype.
     Peak memory grows as N * (w + tile) * H.
     """
-    dtype = wide_dtype(q_NHD.dtype)
     row_SC, visible_SCR = layout.window_keys
     with full_precision(q_NHD):
         out_NHE, _ = attend_in_tiles(
-            scaled(q_NHD),
-            k_NKD.to(dtype),
-            v_NKE.to(dtype),
+            q_NHD,
+            k_NKD,
+            v_NKE,
             layout.tiles,
             row_SC,
             visible_SCR,
         )
-    return out_NHE.to(q_NHD.dtype)
+    return out_NHE
