@@ -289,7 +289,7 @@ class _Run:
     def _close_folder(self, loop: RunLoop) -> None:
         metrics = {
             "finished": True,
-            "loss": loop.loss,
+            "loss": loop.told.loss,
             "minutes": round(loop.totals.seconds / 60, 4),
             "holdout": _without_nan(loop.final_holdout),
             **loop.facts,
