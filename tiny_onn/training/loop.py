@@ -111,15 +111,17 @@ class RunLoop(L.Callback):
         counts = self.channel.gather(
             batch.num_targets,
             batch.num_tokens,
-            batch.visible_pairs,
             len(batch.batch.task_B),
+            *batch.attention,
         )
-        targets, tokens, pairs, documents = (int(n) for n in counts.sum(dim=0))
+        targets, tokens, documents, pairs, chunks, blocks = (int(n) for n in counts.sum(dim=0))
         module.global_targets = targets
         self.totals.targets += targets
         self.totals.tokens += tokens
-        self.totals.visible_pairs += pairs
         self.totals.documents += documents
+        self.totals.visible_pairs += pairs
+        self.totals.compressed_chunks += chunks
+        self.totals.compressed_blocks += blocks
         # Dropout draws from a stream of its own for every step and process, so a resumed run
         # needs no saved generator state.
         seed_step(module.device, step_seed(self.config.seed, batch.step, trainer.global_rank))
