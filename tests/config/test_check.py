@@ -3,8 +3,16 @@
 import pytest
 
 from tiny_onn.config.check import check_budget, check_schedule
-from tiny_onn.config.check_network import check_moe, check_reset
-from tiny_onn.config.schema import BudgetConfig, ModelConfig, MoeConfig, OptimConfig, ResetConfig
+from tiny_onn.config.check_network import check_moe, check_nsa, check_reset
+from tiny_onn.config.load import load_config
+from tiny_onn.config.schema import (
+    BudgetConfig,
+    ModelConfig,
+    MoeConfig,
+    NsaConfig,
+    OptimConfig,
+    ResetConfig,
+)
 from tiny_onn.errors import UserError
 
 
@@ -54,8 +62,8 @@ def test_impossible_experts_are_refused_in_one_line(given, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_dense_model_does_not_mind_how_often_experts_would_come():
-    check_moe(MoeConfig(every=9), ModelConfig())
+def test_a_dense_model_does_not_mind_how_many_experts_would_come_how_often():
+    check_moe(MoeConfig(every=9, experts=1), ModelConfig())
 
 
 @pytest.mark.parametrize(
@@ -69,9 +77,38 @@ def test_a_dense_model_does_not_mind_how_often_experts_would_come():
 )
 def test_impossible_resets_are_refused_in_one_line(given, message):
     with pytest.raises(UserError, match=message) as caught:
-        check_reset(ResetConfig(**given), MoeConfig(experts=8, target_active=2.0))
+        check_reset(
+            ResetConfig(**given),
+            MoeConfig(experts=8, target_active=2.0),
+            ModelConfig(ffn="dynmoe"),
+        )
     assert "\n" not in str(caught.value)
 
 
 def test_resets_that_are_off_mind_no_share():
-    check_reset(ResetConfig(window_steps=0, min_share=0.9), MoeConfig())
+    check_reset(ResetConfig(window_steps=0, min_share=0.9), MoeConfig(), ModelConfig(ffn="dynmoe"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"block": 24}, "nsa.block=24 with nsa.stride=16; .*use nsa.block=32"),
+        ({"select_block": 8}, "nsa.select_block=8 with nsa.stride=16"),
+        ({"select_count": 2}, "nsa.select_count=2; expected at least 3"),
+    ],
+)
+def test_impossible_blocks_are_refused_in_one_line_where_they_are_read(given, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_nsa(NsaConfig(**given), ModelConfig(attention="nsa"))
+    assert "\n" not in str(caught.value)
+    check_nsa(NsaConfig(**given), ModelConfig(attention="full"))
+
+
+def test_a_dense_network_minds_ranges_alone_of_the_parts_that_it_does_not_have():
+    load_config(["network=dense", "moe.experts=1", "nsa.stride=5", "reset.min_share=0.9",
+                 "moe.combine=gated", "moe.none_active=top1"])  # fmt: skip
+    for wrong in ("moe.experts=0", "nsa.stride=0", "reset.min_share=2"):
+        with pytest.raises(UserError, match=wrong):
+            load_config(["network=dense", wrong])
+    with pytest.raises(UserError, match="moe.experts=1"):
+        load_config(["network=sparse", "moe.experts=1"])

@@ -75,7 +75,7 @@ def test_rounded_batches_have_the_same_targets_and_counts(tiny, multiple):
     real = rounded.targets_M != IGNORE
     assert torch.equal(rounded.rows_M[real], plain.rows_M)
     assert torch.equal(rounded.targets_M[real], plain.targets_M)
-    for name in ("num_tokens", "num_targets", "visible_pairs"):
+    for name in ("num_tokens", "num_targets", "attention"):
         assert getattr(rounded, name) == getattr(plain, name)
 
 

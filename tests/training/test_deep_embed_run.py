@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,11 +57,13 @@ def test_a_run_in_memory_trains_every_table(tiny):
         assert not touched.all() or name in ("token", "task"), name
     facts = json.loads((Path(config.out) / "metrics.json").read_text())
     assert facts["deep_embed_parameters"] == model.deep_embed.num_parameters()
+    assert facts["deep_embed"] == ["token", "ngram", "patch", "task"]
+    assert (facts["attention"], facts["ffn"]) == ("full", "dense")
 
 
-def test_a_run_on_disk_ends_where_the_same_run_in_memory_does(tiny, tmp_path):
+def test_a_run_on_disk_ends_where_the_same_run_in_memory_does(tiny, tmp_path, capsys):
     """The whole chain: prefetch, leaf, clipping, rule, files, checkpoint."""
-    ends = []
+    ends, told = [], set()
     for store in ("dense", "memmap"):
         config = replace(
             tiny(model=deep("token", "patch", "task", store=store), budget={"steps": 6}),
@@ -71,6 +74,9 @@ def test_a_run_on_disk_ends_where_the_same_run_in_memory_does(tiny, tmp_path):
             "checkpoint", "config.yaml", "leak_report.json", "logs", "metrics.json"
         ]  # fmt: skip
         ends.append(weights(config))
+        told |= set(re.findall(r"training ([\d,]+) parameters", capsys.readouterr().out))
+    model = load_model(tmp_path / "dense").model
+    assert told == {f"{sum(p.numel() for p in model.parameters()):,}"}
     dense, filed = ends
     for name in ("token", "patch"):
         a = dense[f"weights.safetensors/deep_embed.tables.{name}.rows.weight"]
@@ -235,6 +241,7 @@ def test_a_copy_that_cannot_be_written_is_a_warning_and_the_run_goes_on(tiny, mo
     ("changes", "message"),
     [
         ({"trainer": {"devices": 2}}, "store=memmap with trainer.devices=2"),
+        ({"trainer": {"strategy": "fsdp"}}, "store=memmap with trainer.strategy=fsdp"),
         ({"optim": {"ema_decay": 0.9}}, "store=memmap with optim.ema_decay=0.9"),
     ],
 )

@@ -34,6 +34,11 @@ def _check_row_files(config: Config) -> None:
             f"trainer.nodes={config.trainer.nodes}; expected one process, which alone writes the "
             "files; use store=dense or one device"
         )
+    if config.trainer.strategy == "fsdp":
+        raise UserError(
+            "got model.deep_embed.store=memmap with trainer.strategy=fsdp, which shards what is in "
+            "memory only; expected one whole process; use trainer.strategy=auto or store=dense"
+        )
     if config.optim.ema_decay > 0:
         raise UserError(
             f"got model.deep_embed.store=memmap with optim.ema_decay={config.optim.ema_decay}; "
@@ -82,8 +87,8 @@ def check_train(config: Config) -> None:
     """
     check_model(config.model)
     check_moe(config.moe, config.model)
-    check_reset(config.reset, config.moe)
-    check_nsa(config.nsa)
+    check_reset(config.reset, config.moe, config.model)
+    check_nsa(config.nsa, config.model)
     check_budget(config.budget)
     check_schedule(config.optim)
     _check_row_files(config)

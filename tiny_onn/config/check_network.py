@@ -88,26 +88,28 @@ def deep_embed_width(model: ModelConfig) -> int:
 
 
 def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
-    """Numbers in their ranges, and experts that fit each other and the model.
+    """Numbers in their ranges, and experts, if it has any, that fit each other and the model.
 
     Raises:
         UserError: a number out of range, more active experts than there are, no block with
             experts, a fallback that could do nothing.
     """
     check_group("moe", moe)
+    if model.ffn != "dynmoe":
+        return
     if moe.target_active > moe.experts:
         raise UserError(
             f"got moe.target_active={moe.target_active} with moe.experts={moe.experts}; expected "
             f"at most the number of experts; lower it, or give moe.experts="
             f"{math.ceil(moe.target_active)}"
         )
-    if model.ffn == "dynmoe" and moe.every > model.layers:
+    if moe.every > model.layers:
         raise UserError(
             f"got moe.every={moe.every} with model.layers={model.layers}; expected at most the "
             "number of layers; use moe.every=1 for experts in all of them"
         )
     deep = model.deep_embed
-    if model.ffn == "dynmoe" and deep.keys and deep.form != "1x":
+    if deep.keys and deep.form != "1x":
         raise UserError(
             f"got model.deep_embed.form={deep.form} with model.ffn=dynmoe, whose experts have no "
             "hidden layer in common; expected model.deep_embed.form=1x; use it, or model.ffn=dense"
@@ -119,13 +121,15 @@ def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
         )
 
 
-def check_reset(reset: ResetConfig, moe: MoeConfig) -> None:
-    """Numbers in their ranges, and an idle share that a healthy expert is well above.
+def check_reset(reset: ResetConfig, moe: MoeConfig, model: ModelConfig) -> None:
+    """Numbers in their ranges, and an idle share that a healthy expert, if any, is well above.
 
     Raises:
         UserError: a number out of range, or experts at their target share that count as idle.
     """
     check_group("reset", reset)
+    if model.ffn != "dynmoe":
+        return
     fair = moe.target_active / moe.experts
     if reset.window_steps and reset.min_share >= fair:
         raise UserError(
@@ -134,13 +138,15 @@ def check_reset(reset: ResetConfig, moe: MoeConfig) -> None:
         )
 
 
-def check_nsa(nsa: NsaConfig) -> None:
-    """Numbers in their ranges; blocks that fit the stride, and room for the forced ones.
+def check_nsa(nsa: NsaConfig, model: ModelConfig) -> None:
+    """Numbers in their ranges; if read, blocks that fit the stride, and room for the forced ones.
 
     Raises:
         UserError: a number out of range, a stride that does not divide a block, too few blocks.
     """
     check_group("nsa", nsa)
+    if model.attention != "nsa":
+        return
     for name in ("block", "select_block"):
         length = getattr(nsa, name)
         if length % nsa.stride:

@@ -158,7 +158,7 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
     config = _build(Config, keys, [Layer(values, origin)])
     check_model(config.model)
     check_moe(config.moe, config.model)
-    check_nsa(config.nsa)
+    check_nsa(config.nsa, config.model)
     return config
 
 

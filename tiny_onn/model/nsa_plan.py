@@ -72,6 +72,12 @@ class NsaPlan:
     window_known: bool
 
 
+def window_is_known(lengths: tuple[int, ...], settings: NsaConfig) -> bool:
+    """Whether each document that its window covers has been read in full by the selected branch."""
+    covered = settings.select_count * settings.select_block
+    return settings.kv == "shared" and all(n <= covered for n in lengths if n <= settings.window)
+
+
 def plan_nsa(
     spans: DocumentSpans,
     settings: NsaConfig,
@@ -80,9 +86,7 @@ def plan_nsa(
 ) -> NsaPlan:
     """The plan for the documents of ``spans``; ``plan_full`` makes full attention for some."""
     layout, covered = _lay_out(spans, settings), settings.select_count * settings.select_block
-    known = settings.kv == "shared" and all(
-        n <= covered for n in spans.lengths if n <= settings.window
-    )
+    known = window_is_known(spans.lengths, settings)
     selected = _split(spans, covered, layout, settings, plan_full)
     window = _split(spans, settings.window, layout, settings, None if known else plan_full)
     return NsaPlan(layout, num_filler, selected, window, known)

@@ -285,5 +285,5 @@ def build_model(
     moe, nsa = moe or MoeConfig(), nsa or NsaConfig()
     check_model(config)
     check_moe(moe, config)
-    check_nsa(nsa)
+    check_nsa(nsa, config)
     return TinyONN(config, num_tasks, moe, nsa)

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tiny_onn.arc.packing import Batch, fill
 from tiny_onn.arc.tokens import IGNORE
+from tiny_onn.config.schema import NsaConfig
+from tiny_onn.training.attention_work import AttentionWork, attention_work
 from tiny_onn.training.signals import SIGNALS
 
 CPU_ROUNDING = 64
@@ -37,8 +39,8 @@ class TrainBatch:
     """A packed batch and what the loader can work out before the accelerator needs it.
 
     rows_M, targets_M: int64, the rows that carry a target and their targets (filled up with row 0
-    and IGNORE where batches are rounded). num_tokens, num_targets: without filler. visible_pairs:
-    query-key pairs that attention looks at. step: number of the step (from 0) it is for.
+    and IGNORE where batches are rounded). num_tokens, num_targets: without filler. attention: its
+    work. step: number of the step (from 0) it is for.
     """
 
     batch: Batch
@@ -46,7 +48,7 @@ class TrainBatch:
     targets_M: Tensor
     num_tokens: int
     num_targets: int
-    visible_pairs: int
+    attention: AttentionWork
     step: int
 
     def pin_memory(self) -> TrainBatch:
@@ -67,21 +69,26 @@ class TrainBatch:
         )
 
 
-def prepare(batch: Batch, step: int, causal: bool = False, multiple: int = 1) -> TrainBatch:
-    """Rows, targets and counts of ``batch``; N and M are rounded up to a multiple."""
+def prepare(
+    batch: Batch,
+    step: int,
+    causal: bool = False,
+    multiple: int = 1,
+    nsa: NsaConfig | None = None,
+) -> TrainBatch:
+    """Rows, targets and counts of ``batch``; N and M are rounded up to a multiple.
+
+    ``nsa``: its settings if that is how the model attends; None for full attention.
+    """
     rows_M = (batch.targets_N != IGNORE).nonzero().squeeze(1)
     filler = -len(rows_M) % multiple
-    layout = batch.layout
-    length_B = layout.cu_seqlens.diff().long()
-    prefix_B = torch.zeros_like(length_B) if causal else layout.prefix_lens.clamp(max=length_B)
-    pairs_B = prefix_B**2 + (length_B * (length_B + 1) - prefix_B * (prefix_B + 1)) // 2
     return TrainBatch(
         batch=fill(batch, multiple),
         rows_M=F.pad(rows_M, (0, filler)),
         targets_M=F.pad(batch.targets_N[rows_M], (0, filler), value=IGNORE),
         num_tokens=batch.num_tokens,
         num_targets=len(rows_M),
-        visible_pairs=int(pairs_B.sum()),
+        attention=attention_work(batch.layout, causal, nsa),
         step=step,
     )
 
@@ -123,9 +130,15 @@ class StepStream(IterableDataset):
     """
 
     def __init__(
-        self, epochs: Epochs, first: int = 0, causal: bool = False, multiple: int = 1
+        self,
+        epochs: Epochs,
+        first: int = 0,
+        causal: bool = False,
+        multiple: int = 1,
+        nsa: NsaConfig | None = None,
     ) -> None:
         self.epochs, self.first, self.causal, self.multiple = epochs, first, causal, multiple
+        self.nsa = nsa
         self.positions = Positions(epochs.num_batches)
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -135,7 +148,7 @@ class StepStream(IterableDataset):
             step, stride = self.first + worker.id, worker.num_workers
         while True:
             batch = self.epochs.batch(*self.positions.locate(step))
-            yield prepare(batch, step, self.causal, self.multiple)
+            yield prepare(batch, step, self.causal, self.multiple, self.nsa)
             step += stride
 
 
@@ -160,17 +173,19 @@ class PretrainData(L.LightningDataModule):
         first_step: int = 0,
         workers: int = 0,
         causal: bool = False,
+        nsa: NsaConfig | None = None,
     ) -> None:
         super().__init__()
         self._make_epochs = make_epochs
-        self._first_step, self._workers, self._causal = first_step, workers, causal
+        self._first_step, self._workers = first_step, workers
+        self._causal, self._nsa = causal, nsa
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         epochs = self._make_epochs(self.trainer.global_rank, self.trainer.world_size)
         multiple = rounding(self.trainer.strategy.root_device)
         return DataLoader(
-            StepStream(epochs, self._first_step, self._causal, multiple),
+            StepStream(epochs, self._first_step, self._causal, multiple, self._nsa),
             batch_size=None,
             num_workers=self._workers,
             prefetch_factor=4 if self._workers else None,

@@ -1,12 +1,12 @@
-"""The callback that steers a run: budget, schedule, checkpoints, hold-outs, log lines, the end.
+"""The callback that steers a run: budget, schedule, checkpoints, hold-outs, the end.
 
-Lightning runs the fit loop; this decides between its steps. All processes take every decision
-alike: what only one of them knows (its clock, a signal) goes through the StepChannel.
+Lightning runs the fit loop; this decides between its steps, and run_log.py tells of them. All
+processes take every decision alike: what only one of them knows (its clock, a signal) goes through
+the StepChannel.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,11 +31,10 @@ from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.resume import NEWEST, STATE_KEY, AtomicCheckpointIO
 from tiny_onn.training.routing_monitor import RoutingMonitor
 from tiny_onn.training.row_tables import RowTables
+from tiny_onn.training.run_log import RunLog
 from tiny_onn.training.signals import StopSignals
 from tiny_onn.training.step_seed import seed_step, step_seed
 from tiny_onn.training.totals import RunTotals
-
-SMOOTHING = 50
 
 
 class RunLoop(L.Callback):
@@ -78,10 +77,10 @@ class RunLoop(L.Callback):
         self.final_holdout: dict[str, float] | None = None
         self.facts: dict[str, Any] = {}
         self.totals = RunTotals(**restored["totals"]) if restored else RunTotals()
+        self.told = RunLog(progress, self.totals, budget, self.routing, reset)
         self.ema: WeightEma | None = None
         self.saved_step = self.totals.step if restored else None
         self.stopped_by: int | None = None
-        self.loss: float | None = None
         self._restored_ema = restored["ema"] if restored else None
         self._folder = Path(config.out)
         self._holdout_seconds = 0.0
@@ -101,7 +100,7 @@ class RunLoop(L.Callback):
         self._restored_ema = None
         self.signals.install()
         self.signals.deferred = True
-        self._window = (time.monotonic(), self.totals.tokens)
+        self.told.begin_window()
         self._last_save = time.monotonic()
         self._prepare_next_step(trainer)
 
@@ -112,15 +111,17 @@ class RunLoop(L.Callback):
         counts = self.channel.gather(
             batch.num_targets,
             batch.num_tokens,
-            batch.visible_pairs,
             len(batch.batch.task_B),
+            *batch.attention,
         )
-        targets, tokens, pairs, documents = (int(n) for n in counts.sum(dim=0))
+        targets, tokens, documents, pairs, chunks, blocks = (int(n) for n in counts.sum(dim=0))
         module.global_targets = targets
         self.totals.targets += targets
         self.totals.tokens += tokens
-        self.totals.visible_pairs += pairs
         self.totals.documents += documents
+        self.totals.visible_pairs += pairs
+        self.totals.compressed_chunks += chunks
+        self.totals.compressed_blocks += blocks
         # Dropout draws from a stream of its own for every step and process, so a resumed run
         # needs no saved generator state.
         seed_step(module.device, step_seed(self.config.seed, batch.step, trainer.global_rank))
@@ -142,16 +143,19 @@ class RunLoop(L.Callback):
             self.routing.add(module.routing, module.sdl)
         logging = self.totals.step % self.config.trainer.log_every_steps == 0
         if self._on_cpu:  # an accelerator is waited for only at log steps
-            self._smooth(float(told))
+            self.told.smooth(float(told))
         if self._on_cpu or logging:
             require_finite_loss(self.monitor, self.channel, self.saved_step)
         if self.ema is not None:
             self.ema.update()
         self.budget.end_step()
         if logging:
-            self._log(trainer, module)
-        elif self.progress.due():
-            self._show(trainer)
+            mean = float(self.channel.gather(self.monitor.take_mean()).mean())
+            if not self._on_cpu:
+                self.told.smooth(mean, self.config.trainer.log_every_steps)
+            self.told.log(trainer, mean, module.grad_norm)
+        else:
+            self.told.show_if_due(trainer)
         self._prepare_next_step(trainer)
 
     def on_save_checkpoint(
@@ -263,61 +267,5 @@ class RunLoop(L.Callback):
         with self._averaged():
             metrics = self.holdout()
         self._holdout_seconds = time.monotonic() - began
-        for logger in trainer.loggers:
-            logger.log_metrics({f"holdout/{k}": v for k, v in metrics.items()}, self.totals.step)
-            logger.save()
-        text = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-        self.progress.line(f"hold-out at step {self.totals.step}: {text}")
+        self.told.holdout(trainer, metrics)
         return metrics
-
-    # What is told.
-
-    def _tokens_per_s(self) -> float:
-        since, tokens = self._window
-        return (self.totals.tokens - tokens) / max(time.monotonic() - since, 1e-9)
-
-    def _smooth(self, loss: float, steps: int = 1) -> None:
-        """The loss that is shown: an average over about the last SMOOTHING steps."""
-        weight = 1 - math.exp(-steps / SMOOTHING)
-        self.loss = loss if self.loss is None else self.loss + weight * (loss - self.loss)
-
-    def _log(self, trainer: L.Trainer, module: Pretrain) -> None:
-        loss = float(self.channel.gather(self.monitor.take_mean()).mean())
-        if not self._on_cpu:
-            self._smooth(loss, self.config.trainer.log_every_steps)
-        rate = self._tokens_per_s()
-        if trainer.loggers:
-            metrics = {
-                "loss": loss,
-                "lr_scale": self._lr(trainer)[0],
-                "tokens_per_s": rate,
-                "tokens": float(self.totals.tokens),
-                "seconds": self.budget.elapsed(),
-            }
-            if module.grad_norm is not None:
-                metrics["grad_norm"] = float(whole(module.grad_norm))
-            metrics |= self.routing.take_metrics()
-            if self.reset is not None:
-                metrics |= self.reset.metrics()
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, self.totals.step)
-                logger.save()
-        if self.progress.due():
-            self._show(trainer)
-        self._window = (time.monotonic(), self.totals.tokens)
-
-    def _lr(self, trainer: L.Trainer) -> tuple[float, float]:
-        group = trainer.optimizers[0].param_groups[0]
-        return group["lr"] / group["peak_lr"], group["lr"]
-
-    def _show(self, trainer: L.Trainer) -> None:
-        elapsed, step = self.budget.elapsed(), self.totals.step
-        self.progress.show(
-            share=self.budget.share(elapsed, max(0, step - 1)),
-            step=step,
-            loss=self.loss,
-            tokens_per_s=self._tokens_per_s(),
-            lr=self._lr(trainer)[1],
-            elapsed=elapsed,
-            left=self.budget.seconds_left(elapsed, step),
-        )

@@ -56,13 +56,26 @@ def device_name(device: torch.device) -> str:
     return platform.machine()
 
 
+def _rows(name: str, config: ModelConfig, totals: RunTotals) -> int:
+    """How often a block's matrix was passed in one loop, if every row went through to its end."""
+    if ".film." in name:
+        return totals.documents
+    if ".compress_" in name:
+        inner = name.endswith(".inner.weight")
+        phi_rows = totals.compressed_chunks if inner else totals.compressed_blocks
+        return config.kv_heads * phi_rows
+    return totals.tokens
+
+
 def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int:
     """Floating-point operations of the training steps' matrix products, forward and backward.
 
     6 per weight of a matrix and row that passes it: tokens for the blocks (after the last
     attention only rows with a target), executed pairs for one expert's matrices, target rows for
-    the head, documents for the task modulation; 12 per head channel and visible query-key pair.
-    Newton-Schulz and the gates' few cosines are not counted.
+    the head, documents for the task modulation; NSA's phi, once for each key head: chunks for
+    W_inner, of which each passes all slices, blocks for W_outer. 12 per head channel and visible
+    query-key pair of every branch (attention_work.py). Newton-Schulz, the gates' few cosines
+    and phi's positions (a row a batch) are not counted.
     """
     products = config.width * config.vocab_size * totals.targets
     last = f"blocks.{config.layers - 1}."
@@ -70,7 +83,7 @@ def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int
         if p.dim() == 3:  # all layers' experts are alike, and the last layer has some
             products += p[0].numel() * totals.expert_pairs * name.startswith(last)
             continue
-        rows = config.loops * (totals.documents if ".film." in name else totals.tokens)
+        rows = config.loops * _rows(name, config, totals)
         after = any(part in name for part in (".attention.out.", ".ffn.", ".mix."))
         if name.startswith(last) and after:
             rows -= totals.tokens - totals.targets
@@ -96,6 +109,9 @@ def provenance(
         **code_version(),
         "stage": config.stage,
         "network": config.network,
+        "attention": config.model.attention,
+        "ffn": config.model.ffn,
+        "deep_embed": list(config.model.deep_embed.keys),
         "preset": config.preset,
         "seed": config.seed,
         "data_sha256": corpus.report.corpus_sha256,

@@ -24,6 +24,7 @@ from tiny_onn.config.schema import Config
 from tiny_onn.errors import UserError
 from tiny_onn.files import atomic_write_text, ensure_writable_dir
 from tiny_onn.inference.holdout import evaluate_holdout
+from tiny_onn.inspect.parameters import total_parameters
 from tiny_onn.model.checkpoint import save_checkpoint
 from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.budget import Budget
@@ -165,6 +166,7 @@ class _Run:
             loop.totals.step,
             config.data.workers,
             causal=config.model.mask == "causal",
+            nsa=config.nsa if config.model.attention == "nsa" else None,
         )
         try:
             trainer.fit(
@@ -250,7 +252,7 @@ class _Run:
         return lambda: evaluate_holdout(module.model, corpus, self.config)
 
     def _describe(self, model: TinyONN, trainer: Any) -> None:
-        count = sum(p.numel() for p in model.parameters())
+        count = total_parameters(model)
         self.say(
             f"training {count:,} parameters on {trainer.strategy.root_device.type} x "
             f"{trainer.num_devices * trainer.num_nodes}, {self.config.trainer.precision}, "
@@ -289,7 +291,7 @@ class _Run:
     def _close_folder(self, loop: RunLoop) -> None:
         metrics = {
             "finished": True,
-            "loss": loop.loss,
+            "loss": loop.told.loss,
             "minutes": round(loop.totals.seconds / 60, 4),
             "holdout": _without_nan(loop.final_holdout),
             **loop.facts,

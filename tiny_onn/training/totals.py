@@ -13,6 +13,11 @@ class RunTotals:
     tokens: int = 0
     targets: int = 0
     visible_pairs: int = 0
+    """Query-key pairs that one layer's attention looked at, over all its branches."""
+    compressed_chunks: int = 0
+    """Runs of d tokens that NSA's phi took in, for one head of one layer."""
+    compressed_blocks: int = 0
+    """Blocks that it gave, likewise."""
     documents: int = 0
     expert_pairs: int = 0
     """Active pairs (token, expert), fallbacks included, summed over the layers with experts."""
