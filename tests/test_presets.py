@@ -27,7 +27,15 @@ SHRUNK = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "network"),
-    [("nano", "sparse"), ("small", "sparse"), ("base", "sparse"), ("base", "dense")],
+    [
+        ("nano", "sparse"),
+        ("nano", "dense"),
+        ("small", "sparse"),
+        ("small", "sparse_long"),
+        ("small", "dense"),
+        ("base", "sparse"),
+        ("base", "dense"),
+    ],
 )
 def test_a_shrunk_preset_trains_predicts_and_scores(preset, network, tmp_path, capsys):
     run = tmp_path / "run"

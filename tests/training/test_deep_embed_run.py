@@ -157,17 +157,24 @@ setattr(Owner, name, killed)
 """
 
 
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLS)
-def test_a_run_on_disk_killed_at_any_moment_goes_on_to_the_same_bits(tiny, start, tmp_path, moment):
+def test_a_run_on_disk_killed_at_any_moment_goes_on_to_the_same_bits(
+    tiny, start, tmp_path, whole_folder, moment
+):
     settings = {
         "model": deep("token", "ngram", store="memmap", dtype="bf16"),
         "trainer": {"checkpoint_steps": 3},
         "budget": {"steps": 8},
     }
-    whole = replace(tiny(**settings), out=str(tmp_path / "whole"))
+    whole = replace(tiny(**settings), out=str(whole_folder))
     killed = replace(whole, out=str(tmp_path / "killed"))
-    assert run_training(whole) == 0
+    assert run_training(whole) == 0  # the first moment's: a finished run is left as it is
     process = start(killed, prelude=KILLS[moment] + KILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, output

@@ -1,4 +1,5 @@
-"""Whole runs with experts: rebirth, logs, hold-outs, resumption, two processes."""
+"""Whole runs of the assembled sparse network: NSA that chooses blocks, experts that are reborn and
+DeepEmbed; learning, logs, hold-outs, resumption, two processes."""
 
 import csv
 import json
@@ -11,13 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tiny_onn.config.schema import DeepEmbedConfig, NsaConfig
 from tiny_onn.model.checkpoint import load_model
 from tiny_onn.training import run
 from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.run import run_training
 
+MODEL = {
+    "attention": "nsa",
+    "ffn": "dynmoe",
+    "deep_embed": DeepEmbedConfig(keys=["token", "task"], form="1x", task_rank=4),
+    "layers": 2,
+}
+# Pairs have 15 to 43 tokens: n l' = 24 of them are read in full in some documents, not in others.
+NSA = NsaConfig(block=4, stride=2, select_block=4, select_count=6, window=9)
 SPARSE = {
-    "model": {"ffn": "dynmoe", "layers": 2, "dropout": 0.1},
+    "model": MODEL | {"dropout": 0.1},
+    "nsa": NSA,
     "moe": {"experts": 4, "expert_width": 16, "target_active": 1.5},
     "reset": {"window_steps": 3, "patience": 1, "warmup_steps": 4, "until_share": 1.0},
     "optim": {"ema_decay": 0.9},
@@ -66,6 +77,28 @@ def dead_expert(monkeypatch):
     monkeypatch.setattr(run, "build_model", names["build_with_a_dead_expert"])
 
 
+@pytest.fixture
+def attention(monkeypatch):
+    """What NSA does in the runs of a test: every batch's plan, every layer's chosen blocks."""
+    plans, chosen, build = [], [], run.build_model
+
+    def build_watched(*given):
+        model = build(*given)
+        plan_attention = model.plan_attention
+
+        def plan(batch):
+            plans.append(plan_attention(batch))
+            return plans[-1]
+
+        model.plan_attention = plan
+        for block in model.blocks:
+            block.attention.watch = lambda _, index_NKn: chosen.append(index_NKn)
+        return model
+
+    monkeypatch.setattr(run, "build_model", build_watched)
+    return plans, chosen
+
+
 def rows(config, version=0):
     with open(Path(config.out) / "logs" / f"version_{version}" / "metrics.csv") as file:
         return [row for row in csv.DictReader(file) if row["loss"]]
@@ -80,11 +113,17 @@ def weights(config):
     return {k: v.numpy().tobytes() for k, v in load_file(path).items()}
 
 
-def test_a_run_with_experts_learns_and_tells_what_they_did(tiny):
-    config = tiny(**SPARSE | {"model": {"ffn": "dynmoe", "layers": 2}}, budget={"steps": 30})
+def test_a_run_learns_chooses_blocks_and_tells_what_experts_did(tiny, attention):
+    config = tiny(**SPARSE | {"model": MODEL}, budget={"steps": 30})
     assert run_training(config) == 0
     losses = column(config, "loss")
     assert losses[-1] < losses[0] - 0.3
+    plans, chosen = attention
+    assert len(plans) == 30 and len(chosen) == 60
+    # Every batch has documents of either kind, and two layers' queries choose other blocks.
+    assert all(plan.selected.layout and plan.selected.full for plan in plans)
+    for first, second in zip(chosen[::2], chosen[1::2], strict=True):
+        assert first.max() >= NSA.select_count and not torch.equal(first, second)
     for layer in (0, 1):
         active, none = column(config, f"moe/active_{layer}"), column(config, f"moe/none_{layer}")
         loads = [column(config, f"moe/load_{layer}_{e}") for e in range(4)]
@@ -95,9 +134,11 @@ def test_a_run_with_experts_learns_and_tells_what_they_did(tiny):
     expected = sum((column(config, f"moe/active_{i}")[4] / 1.5 - 1) ** 2 for i in (0, 1)) / 2
     assert column(config, "sdl/sparsity")[4] == pytest.approx(expected, rel=1e-4)
     loaded = load_model(config.out)
-    assert loaded.config.moe == config.moe
+    assert loaded.config.moe == config.moe and loaded.config.nsa == NSA
+    assert all(table.any() for table in loaded.model.deep_embed.parameters())
     facts = json.loads((Path(config.out) / "metrics.json").read_text())
-    experts = sum(p.numel() for p in loaded.model.parameters() if p.dim() == 3)
+    layers = loaded.model.expert_layers
+    experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
     assert facts["expert_parameters"] == experts == 2 * 4 * 3 * 32 * 16
     assert 0 < facts["expert_pairs"] < 4 * 2 * facts["tokens"]
 
@@ -191,7 +232,7 @@ def test_a_run_cut_in_mid_window_goes_on_bit_for_bit(
 @pytest.mark.slow
 def test_two_processes_count_and_decide_alike_bit_for_bit(tiny, start, tmp_path, dead_expert):
     settings = SPARSE | {
-        "model": {"ffn": "dynmoe", "layers": 2},
+        "model": MODEL,
         "reset": SPARSE["reset"] | {"window_steps": 6, "warmup_steps": 2},
         "budget": {"steps": 9},
     }

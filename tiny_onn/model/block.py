@@ -99,36 +99,23 @@ class Block(nn.Module):
         film_B2C: Tensor | None,
         doc_N: Tensor,
         delta_NX: Tensor | None = None,
+        routing: RoutingLog | None = None,
     ) -> Tensor:
         """Both residual updates, once attention is done; ``delta_NX`` is DeepEmbed's."""
         x_NC, inner_NC = self.settle(x_NC, attended_NHD, film_B2C, doc_N)
-        update = self._feed_forward(inner_NC, delta_NX)
+        update = self._feed_forward(inner_NC, delta_NX, routing)
         return x_NC + F.dropout(update, self.dropout, self.training)
 
-    def leave_with_experts(
-        self,
-        x_NC: Tensor,
-        attended_NHD: Tensor,
-        film_B2C: Tensor | None,
-        doc_N: Tensor,
-        delta_NC: Tensor | None,
-        routing: RoutingLog | None,
+    def _feed_forward(
+        self, x_NC: Tensor, delta_NX: Tensor | None, routing: RoutingLog | None
     ) -> Tensor:
-        """``leave`` around experts, which cannot be compiled."""
-        x_NC, inner_NC = self.settle(x_NC, attended_NHD, film_B2C, doc_N)
-        update = self.ffn(inner_NC, routing)
-        if delta_NC is not None:
-            update = scale(update, delta_NC)
-        return x_NC + F.dropout(update, self.dropout, self.training)
-
-    def _feed_forward(self, x_NC: Tensor, delta_NX: Tensor | None) -> Tensor:
-        if delta_NX is None:
-            return self.ffn(x_NC)
-        if self.scale_output:
-            return scale(self.ffn(x_NC), delta_NX)
-        if self.mix is not None:
-            delta_NX = self.mix(x_NC, delta_NX)
-        return self.ffn(x_NC, delta_NX)
+        if isinstance(self.ffn, DynMoE):
+            update = self.ffn(x_NC, routing)
+        elif delta_NX is None or self.scale_output:
+            update = self.ffn(x_NC)
+        else:
+            return self.ffn(x_NC, delta_NX if self.mix is None else self.mix(x_NC, delta_NX))
+        return update if delta_NX is None else scale(update, delta_NX)
 
     def forward(
         self,
@@ -153,6 +140,6 @@ class Block(nn.Module):
                 t.index_select(0, rows_M) for t in (x_NC, attended_NHD, doc_N)
             )
         delta_NX = None if delta_of is None else delta_of(rows_M)
-        if isinstance(self.ffn, SwiGLU):
-            return self.leave(x_NC, attended_NHD, films[1], doc_N, delta_NX)
-        return self.leave_with_experts(x_NC, attended_NHD, films[1], doc_N, delta_NX, routing)
+        # A compiled ``leave`` never sees the log, which says nothing of a dense FFN.
+        log = routing if isinstance(self.ffn, DynMoE) else None
+        return self.leave(x_NC, attended_NHD, films[1], doc_N, delta_NX, log)
