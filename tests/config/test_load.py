@@ -372,5 +372,5 @@ def test_a_saved_configuration_is_not_a_way_into_the_environment(monkeypatch):
 def test_the_long_network_keeps_its_blocks_whatever_the_preset():
     for preset in names_in("preset"):
         nsa = load_config(["network=sparse_long", f"preset={preset}"]).nsa
-        sizes = (nsa.block, nsa.stride, nsa.select_block, nsa.select_count, nsa.window)
-        assert sizes == (32, 16, 64, 16, 512)
+        sizes = (nsa.block, nsa.stride, nsa.select_block, nsa.select_count, nsa.window, nsa.every)
+        assert sizes == (32, 16, 64, 16, 512, 1)

@@ -35,6 +35,8 @@ VARIANTS = [
     ({"kv_heads": 1, "loops": 2}, {"kv": "per_branch"}, {"none_active": "top1"}),
     ({"mask": "causal", "task_modulation": "film"}, {"window": 1}, {"combine": "gated"}),
     ({"layers": 3, "qk_norm": False}, {"select_count": 40, "window": 9}, {"every": 2}),
+    ({"layers": 3, "loops": 2}, {"every": 2}, {}),
+    ({"mask": "causal", "layers": 2}, {"every": 2, "kv": "per_branch"}, {}),
 ]
 
 

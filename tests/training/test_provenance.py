@@ -43,7 +43,7 @@ def test_visible_pairs_are_those_of_the_mask(tiny):
             if not causal:
                 see[:prefix, :prefix] = True
             expected += int(see.sum())
-        assert prepare(batch, 0, causal).attention == (expected, 0, 0)
+        assert prepare(batch, 0, causal).attention == (expected, 0, 0, 0)
 
 
 SMALL = {"block": 8, "stride": 4, "select_block": 4, "select_count": 3, "window": 9}
@@ -51,10 +51,11 @@ SMALL = {"block": 8, "stride": 4, "select_block": 4, "select_count": 3, "window"
 
 @pytest.mark.parametrize("loops", [1, 2])
 @pytest.mark.parametrize("kv", ["shared", "per_branch"])
-def test_flops_of_the_weights_of_nsa_are_those_torch_counts(tiny, kv, loops):
+@pytest.mark.parametrize("every", [1, 2])
+def test_flops_of_the_weights_of_nsa_are_those_torch_counts(tiny, kv, loops, every):
     """phi above all, whose rows are not tokens."""
     config = tiny(model={"attention": "nsa", "layers": 2, "heads": 4, "loops": loops})
-    corpus, settings = build_corpus(config.data), NsaConfig(**SMALL, kv=kv)
+    corpus, settings = build_corpus(config.data), NsaConfig(**SMALL, kv=kv, every=every)
     model = build_model(config.model, len(corpus.task_ids), nsa=settings)
     batch = prepare(EpochBatches(corpus, config.data, 0).batch(0, 0), step=0, nsa=settings)
     with FlopCounterMode(display=False) as counter:
@@ -71,9 +72,22 @@ def test_flops_of_the_weights_of_nsa_are_those_torch_counts(tiny, kv, loops):
     )
     counted = counter.get_flop_counts()["Global"]
     products = counted[torch.ops.aten.mm] + counted[torch.ops.aten.addmm]
-    weights_of_phi = model.blocks[0].attention.compress_key.inner.weight.numel()
-    positions = 6 * weights_of_phi * 2 * 2 * loops  # one row a batch, of keys and values, layers
+    weights_of_phi = model.blocks[1].attention.compress_key.inner.weight.numel()
+    positions = 6 * weights_of_phi * 2 * loops * 2 // every  # a row a batch, of keys and values
     assert train_flops(model, config.model, totals) + positions == products
+
+
+def test_pairs_of_full_attention_count_in_the_blocks_that_have_it(tiny):
+    config = tiny(model={"attention": "nsa", "layers": 3})
+    corpus, settings = build_corpus(config.data), NsaConfig(**SMALL, every=2)
+    model = build_model(config.model, len(corpus.task_ids), nsa=settings)
+    batch = EpochBatches(corpus, config.data, 0).batch(0, 0)
+    mixed, full = (prepare(batch, 0, nsa=nsa).attention for nsa in (settings, None))
+    assert mixed.full_pairs == full.visible_pairs
+    totals = RunTotals(visible_pairs=mixed.visible_pairs, full_pairs=mixed.full_pairs)
+    channels = config.model.heads * config.model.head_width
+    pairs = 2 * mixed.visible_pairs + full.visible_pairs
+    assert train_flops(model, config.model, totals) == 12 * channels * pairs
 
 
 def pairs_one_by_one(lengths, prefixes, settings, known):
@@ -156,7 +170,7 @@ def test_a_branch_that_is_known_already_adds_nothing(tiny):
     batch = EpochBatches(build_corpus(config.data), config.data, 0).batch(0, 0)
     full = prepare(batch, 0).attention.visible_pairs
     covered = NsaConfig(block=1000, stride=8, select_block=8, select_count=1000, window=1000)
-    assert prepare(batch, 0, nsa=covered).attention == (full, 0, 0)
+    assert prepare(batch, 0, nsa=covered).attention == (full, 0, 0, 0)
     apart = NsaConfig(**vars(covered) | {"kv": "per_branch"})
     assert prepare(batch, 0, nsa=apart).attention == (2 * full, 0, 0)
 

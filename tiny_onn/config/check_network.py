@@ -142,7 +142,8 @@ def check_nsa(nsa: NsaConfig, model: ModelConfig) -> None:
     """Numbers in their ranges; if read, blocks that fit the stride, and room for the forced ones.
 
     Raises:
-        UserError: a number out of range, a stride that does not divide a block, too few blocks.
+        UserError: a number out of range, a stride that does not divide a block, too few blocks, no
+            layer with NSA.
     """
     check_group("nsa", nsa)
     if model.attention != "nsa":
@@ -155,6 +156,11 @@ def check_nsa(nsa: NsaConfig, model: ModelConfig) -> None:
                 f"got nsa.{name}={length} with nsa.stride={nsa.stride}; expected a multiple of the "
                 f"stride; use nsa.{name}={fitting}, or another stride"
             )
+    if nsa.every > model.layers:
+        raise UserError(
+            f"got nsa.every={nsa.every} with model.layers={model.layers}; expected at most the "
+            "number of layers; use nsa.every=1 for NSA in all of them"
+        )
     if nsa.select_count < NUM_FORCED_BLOCKS:
         raise UserError(
             f"got nsa.select_count={nsa.select_count}; expected at least {NUM_FORCED_BLOCKS} (the "

@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "nsa.select_block": _AT_LEAST_1,
     "nsa.select_count": _AT_LEAST_1,
     "nsa.window": _AT_LEAST_1,
+    "nsa.every": _AT_LEAST_1,
     "optim.muon_lr": _ABOVE_0,
     "optim.adamw_lr": _ABOVE_0,
     "optim.table_lr": _ABOVE_0,

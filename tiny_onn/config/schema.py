@@ -122,6 +122,9 @@ class NsaConfig:
     select_block: int = key(32, "tokens of a block that is chosen and read in full (l')")
     select_count: int = key(8, "blocks a token reads in full, the 3 forced ones included (n)")
     window: int = key(128, "keys of the sliding window (w)")
+    every: int = key(
+        1, "every n-th block has NSA, counted back from the last, the others full attention; 1: all"
+    )
     kv: Literal["shared", "per_branch"] = key(
         "shared", "one key and value a token for all branches, or one for each as in the paper"
     )

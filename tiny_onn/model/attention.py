@@ -20,8 +20,9 @@ from tiny_onn.model.rope import rotate
 class AttentionContext:
     """What all blocks share in one forward: rotations and how to attend.
 
-    Packed forward: ``attend`` is set (for NSA a plan); with ``cache`` too it also fills the cache
-    (prefill). Decoding step: ``attend`` is None, ``bias_B11T`` hides keys of the cache.
+    Packed forward: ``attend`` is set (of a network with NSA a plan); with ``cache`` too it also
+    fills the cache (prefill). Decoding step: ``attend`` is None, ``bias_B11T`` hides keys of the
+    cache.
     """
 
     cos: Tensor
@@ -77,6 +78,9 @@ class FullAttention(nn.Module):
         if context.attend is not None:
             if context.cache is not None:
                 context.cache.fill(k_NKD, v_NKD, context.doc_N, context.column_N)
-            return context.attend(q_NHD, k_NKD, v_NKD)
+            attend = context.attend
+            if isinstance(attend, NsaPlan):
+                attend = attend.full
+            return attend(q_NHD, k_NKD, v_NKD)
         keys, values = context.cache.append(k_NKD, v_NKD)
         return attend_cached(q_NHD, keys, values, context.bias_B11T)

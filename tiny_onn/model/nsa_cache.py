@@ -43,6 +43,7 @@ class NsaCache(KVCache):
     Args:
         lengths: tokens of each prompt, as numbers; lengths_B: int64 (B,) the same.
         capacity: most tokens a row may ever hold.
+        settings: of the blocks with NSA; with ``every`` above 1 the others read whole rows.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class NsaCache(KVCache):
         self._compressed_calls.append(_CompressedCall(*buffers, *tails))
 
     def start_step(self) -> Tensor | None:
-        """As :meth:`KVCache.start_step`; None where no branch reads a whole row."""
+        """As :meth:`KVCache.start_step`; None where nothing reads a whole row."""
         self._begin_step()
         settings, after = self.settings, [n + 1 for n in self.lengths]
         block, stride = settings.block, settings.stride
@@ -102,7 +103,7 @@ class NsaCache(KVCache):
         self._most = max(1, nsa.num_compressed(max(after), block, stride))
         self._next_call = 0
         whole = max(settings.select_count * settings.select_block, settings.window)
-        return self._hidden_bias() if self.reads_all(whole) else None
+        return self._hidden_bias() if settings.every > 1 or self.reads_all(whole) else None
 
     def append_compressed(
         self,

@@ -62,7 +62,8 @@ class NsaPlan:
 
     layout: of all documents; num_filler: rows after them that attend to nothing; selected, window:
     how these branches read them; window_known: what the window reads in full, the selected branch
-    has read in full already, with the same keys.
+    has read in full already, with the same keys; full: attention of the blocks without NSA, None if
+    all have it.
     """
 
     layout: nsa.NsaLayout
@@ -70,6 +71,7 @@ class NsaPlan:
     selected: Split
     window: Split
     window_known: bool
+    full: Attend | None = None
 
 
 def window_is_known(lengths: tuple[int, ...], settings: NsaConfig) -> bool:
@@ -83,13 +85,15 @@ def plan_nsa(
     settings: NsaConfig,
     plan_full: Callable[[DocumentSpans], Attend],
     num_filler: int = 0,
+    full: Attend | None = None,
 ) -> NsaPlan:
-    """The plan for the documents of ``spans``; ``plan_full`` makes full attention for some."""
+    """The plan for the documents of ``spans``; ``plan_full`` makes full attention for some, and
+    ``full`` is that of blocks without NSA."""
     layout, covered = _lay_out(spans, settings), settings.select_count * settings.select_block
     known = window_is_known(spans.lengths, settings)
     selected = _split(spans, covered, layout, settings, plan_full)
     window = _split(spans, settings.window, layout, settings, None if known else plan_full)
-    return NsaPlan(layout, num_filler, selected, window, known)
+    return NsaPlan(layout, num_filler, selected, window, known, full)
 
 
 def _split(

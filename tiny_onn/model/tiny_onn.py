@@ -64,7 +64,7 @@ class TinyONN(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
-                self._attention(),
+                self._attention(layer),
                 self._ffn(layer),
                 film=config.task_modulation == "film",
                 dropout=config.dropout,
@@ -91,10 +91,10 @@ class TinyONN(nn.Module):
         """The blocks' FFNs that have experts, first to last."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, DynMoE)]
 
-    def _attention(self) -> FullAttention | NativeSparseAttention:
+    def _attention(self, layer: int) -> FullAttention | NativeSparseAttention:
         config = self.config
         sizes = (config.width, config.heads, config.kv_heads, config.head_width)
-        if config.attention == "nsa":
+        if config.attention == "nsa" and (config.layers - 1 - layer) % self.nsa.every == 0:
             return NativeSparseAttention(*sizes, config.qk_norm, self.nsa)
         return FullAttention(*sizes, config.qk_norm)
 
@@ -137,10 +137,14 @@ class TinyONN(nn.Module):
         spans = self._spans(batch.layout)
         num_tokens = sum(spans.lengths)
         filler = len(batch.tokens_N) - num_tokens
-        if self.config.attention == "nsa":
-            return plan_nsa(spans, self.nsa, self._plan_documents, filler)
-        attend = self._plan_documents(spans)
-        return beside_filler(attend, num_tokens, filler) if filler else attend
+        sparse = self.config.attention == "nsa"
+        attend = None
+        if not sparse or self.nsa.every > 1:
+            attend = self._plan_documents(spans)
+            attend = beside_filler(attend, num_tokens, filler) if filler else attend
+        if sparse:
+            return plan_nsa(spans, self.nsa, self._plan_documents, filler, attend)
+        return attend
 
     def _spans(self, layout: Any) -> DocumentSpans:
         causal = self.config.mask == "causal"

@@ -17,14 +17,16 @@ from tiny_onn.ops import nsa
 
 
 class AttentionWork(NamedTuple):
-    """Of one pass through one layer.
+    """Of one pass through one layer, one with NSA where there are any.
 
     visible_pairs: query-key pairs looked at, over all branches (a compressed block is one key);
+    full_pairs: those of a layer without NSA, in a network that has both, else 0;
     compressed_chunks, compressed_blocks: runs of d tokens that pass phi's W_inner, and blocks that
     pass its W_outer, of one head; 0 without NSA.
     """
 
     visible_pairs: int
+    full_pairs: int = 0
     compressed_chunks: int = 0
     compressed_blocks: int = 0
 
@@ -55,6 +57,7 @@ def attention_work(
         window_N = window_N * (length_B > settings.window)[doc_N]
     return AttentionWork(
         int((compressed_N + _selected(time_N, end_N, settings) + window_N).sum()),
+        int((end_N + 1).sum()) if settings.every > 1 else 0,
         sum(n // stride for n in layout.lengths if n >= block),
         sum(nsa.num_compressed(n, block, stride) for n in layout.lengths),
     )

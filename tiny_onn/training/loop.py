@@ -18,6 +18,7 @@ import lightning as L
 from torch import Tensor
 
 from tiny_onn.config.schema import Config
+from tiny_onn.training.attention_work import AttentionWork
 from tiny_onn.training.budget import Budget, lr_scale
 from tiny_onn.training.datamodule import TrainBatch
 from tiny_onn.training.distributed import StepChannel, whole
@@ -114,14 +115,13 @@ class RunLoop(L.Callback):
             len(batch.batch.task_B),
             *batch.attention,
         )
-        targets, tokens, documents, pairs, chunks, blocks = (int(n) for n in counts.sum(dim=0))
+        targets, tokens, documents, *work = (int(n) for n in counts.sum(dim=0))
         module.global_targets = targets
         self.totals.targets += targets
         self.totals.tokens += tokens
         self.totals.documents += documents
-        self.totals.visible_pairs += pairs
-        self.totals.compressed_chunks += chunks
-        self.totals.compressed_blocks += blocks
+        for name, count in AttentionWork(*work)._asdict().items():
+            setattr(self.totals, name, getattr(self.totals, name) + count)
         # Dropout draws from a stream of its own for every step and process, so a resumed run
         # needs no saved generator state.
         seed_step(module.device, step_seed(self.config.seed, batch.step, trainer.global_rank))

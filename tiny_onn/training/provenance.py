@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from tiny_onn.arc.corpus import Corpus
 from tiny_onn.config.schema import Config, ModelConfig
+from tiny_onn.model.nsa import NativeSparseAttention
 from tiny_onn.model.tiny_onn import TinyONN
 from tiny_onn.training.optim import split_parameters
 from tiny_onn.training.totals import RunTotals
@@ -67,7 +67,7 @@ def _rows(name: str, config: ModelConfig, totals: RunTotals) -> int:
     return totals.tokens
 
 
-def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int:
+def train_flops(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
     """Floating-point operations of the training steps' matrix products, forward and backward.
 
     6 per weight of a matrix and row that passes it: tokens for the blocks (after the last
@@ -88,8 +88,11 @@ def train_flops(model: nn.Module, config: ModelConfig, totals: RunTotals) -> int
         if name.startswith(last) and after:
             rows -= totals.tokens - totals.targets
         products += p.numel() * rows
-    channels = config.loops * config.layers * config.heads * config.head_width
-    return 6 * products + 12 * channels * totals.visible_pairs
+    sparse = sum(isinstance(block.attention, NativeSparseAttention) for block in model.blocks)
+    pairs = config.layers * totals.visible_pairs
+    if sparse:
+        pairs = sparse * totals.visible_pairs + (config.layers - sparse) * totals.full_pairs
+    return 6 * products + 12 * config.loops * config.heads * config.head_width * pairs
 
 
 def provenance(

@@ -14,6 +14,8 @@ class RunTotals:
     targets: int = 0
     visible_pairs: int = 0
     """Query-key pairs that one layer's attention looked at, over all its branches."""
+    full_pairs: int = 0
+    """The same of a layer without NSA, in a network that has both."""
     compressed_chunks: int = 0
     """Runs of d tokens that NSA's phi took in, for one head of one layer."""
     compressed_blocks: int = 0
