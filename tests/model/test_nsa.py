@@ -392,9 +392,10 @@ def test_a_checkpoint_keeps_the_settings(tmp_path):
 
 
 def test_the_switch_and_its_settings_are_read_from_the_command_line():
-    config = load_config(["model.attention=nsa", "nsa.kv=per_branch", "nsa.window=64"])
+    words = ["nsa.kv=per_branch", "nsa.window=64", "nsa.every=2"]
+    config = load_config(["model.attention=nsa", *words])
     assert config.model.attention == "nsa"
-    assert config.nsa == NsaConfig(kv="per_branch", window=64)
+    assert config.nsa == NsaConfig(kv="per_branch", window=64, every=2)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_branch_that_is_known_already_adds_nothing(tiny):
     covered = NsaConfig(block=1000, stride=8, select_block=8, select_count=1000, window=1000)
     assert prepare(batch, 0, nsa=covered).attention == (full, 0, 0, 0)
     apart = NsaConfig(**vars(covered) | {"kv": "per_branch"})
-    assert prepare(batch, 0, nsa=apart).attention == (2 * full, 0, 0)
+    assert prepare(batch, 0, nsa=apart).attention == (2 * full, 0, 0, 0)
 
 
 def test_experts_count_for_the_pairs_that_they_ran_on(tiny, monkeypatch):
