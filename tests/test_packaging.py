@@ -133,7 +133,7 @@ def test_the_console_scripts_of_the_wheel_train_a_step_and_submit(unpacked, tmp_
     call(
         "tiny-onn-train",
         *("preset=nano", "budget.steps=2", "data.track=all", "data.sources=[tasks]"),
-        *("model.width=32", "model.layers=1", "nsa.every=1", "model.heads=1", "model.kv_heads=1"),
+        *("model.width=32", "model.layers=1", "model.heads=1", "model.kv_heads=1"),
         *("trainer.accelerator=cpu", "trainer.compile=false", "trainer.precision=fp32"),
         "out=run",
     )

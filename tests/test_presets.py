@@ -16,7 +16,6 @@ SHRUNK = [
     "model.head_width=16",
     "model.ffn_width=48",
     "moe.expert_width=16",
-    "nsa.every=1",
     "budget.steps=2",
     "data.workers=0",
     "data.batch_tokens=4096",

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import json
 import math
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import linear_regression
 from typing import Any
+
+from processes import peak_mib, run_child
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)
 FITTED_FROM = 2048
@@ -204,21 +203,6 @@ def child(args: Any, arm: str, length: int) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() / 2**20 - held if cuda else peak_mib() - before
         found[name] = round(peak, 2)
     return found
-
-
-def peak_mib() -> float:
-    """This process's largest resident set so far (Linux counts in KiB, macOS in bytes)."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def run_child(*words: str) -> str:
-    """This script again, with ``words``; its output."""
-    command = [sys.executable, __file__, *sys.argv[1:], *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise SystemExit(done.returncode)
-    return done.stdout
 
 
 def exponent(lengths: Sequence[int], values: Sequence[float]) -> float | None:

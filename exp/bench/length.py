@@ -12,11 +12,10 @@ must equal the reference attention's.
 from __future__ import annotations
 
 import json
-import resource
-import subprocess
-import sys
 import time
 from typing import Any
+
+from processes import peak_mib, run_child
 
 GRIDS = {  # tokens of the document: height and width of the input and of the output
     192: ((9, 9), (9, 10)),
@@ -115,21 +114,6 @@ def child(args: Any, length: int) -> dict[str, Any]:
         "before_mib": round(before, 1),
         "cuda_peak_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1) if cuda else None,
     }
-
-
-def peak_mib() -> float:
-    """This process's largest resident set so far (Linux counts in KiB, macOS in bytes)."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def run_child(*words: str) -> str:
-    """This script again, with ``words``; its output."""
-    command = [sys.executable, __file__, *sys.argv[1:], *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise SystemExit(done.returncode)
-    return done.stdout
 
 
 def read_arguments() -> Any:

@@ -50,7 +50,6 @@ def test_impossible_schedules_are_refused(given):
         ({"experts": 0}, "moe.experts=0; expected a number at least 1"),
         ({"target_active": 0.0}, "moe.target_active=0.0; expected a number above 0"),
         ({"target_active": 8.5}, "target_active=8.5 with moe.experts=8; .*give moe.experts=9"),
-        ({"every": 5}, "moe.every=5 with model.layers=4; .*use moe.every=1"),
         ({"sparsity_weight": -1.0}, "moe.sparsity_weight=-1.0"),
         ({"diversity_weight": float("nan")}, "moe.diversity_weight=nan"),
         ({"combine": "gated", "none_active": "top1"}, "none_active=top1 with moe.combine=gated"),

@@ -49,34 +49,9 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_step_logits_equal_the_parallel_forward(changes):
-    model = tiny_model(**changes)
+def test_step_logits_equal_the_parallel_forward(changes, assert_decoding_is_parallel):
     docs = documents()
-    with torch.no_grad():
-        parallel = []
-        for doc in docs:
-            parallel.append(model(pack([doc])).logits_MV)
-    prompts = [prompt_of(doc) for doc in docs]
-    batch = pack(prompts)
-    order = list(batch.order)
-    logits, cache = model.prefill(batch, max_new_tokens=64)
-    cursor = [docs[i].prefix_len for i in order]
-    alive = list(range(len(order)))
-    while alive:
-        for row, slot in enumerate(alive):
-            want = parallel[order[slot]][cursor[slot] - 1]
-            torch.testing.assert_close(logits[row], want, rtol=1e-9, atol=1e-9)
-        keep = [r for r, s in enumerate(alive) if cursor[s] < len(docs[order[s]].tokens) - 1]
-        if len(keep) < len(alive):
-            cache.keep(torch.tensor(keep, dtype=torch.long))
-            alive = [alive[r] for r in keep]
-        if not alive:
-            break
-        tokens = torch.tensor([int(docs[order[s]].tokens[cursor[s]]) for s in alive])
-        positions = torch.tensor(np.stack([docs[order[s]].positions[cursor[s]] for s in alive]))
-        logits = model.step(tokens, positions, cache)
-        for s in alive:
-            cursor[s] += 1
+    assert_decoding_is_parallel(tiny_model(**changes), docs, [d.prefix_len for d in docs])
 
 
 def prompt_of(doc):

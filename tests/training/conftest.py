@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,27 @@ def tiny(task_dir, tmp_path):
         return replace(Config(), out=str(tmp_path / "run"), **sections, **top)
 
     return build
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """``with interrupt(step, number):`` sends this process a signal as that step begins."""
+    from tiny_onn.training.pretrain import Pretrain
+
+    original = Pretrain.training_step
+
+    @contextmanager
+    def at(step, number):
+        def training_step(self, batch, batch_idx):
+            if batch.step == step:
+                os.kill(os.getpid(), number)
+            return original(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pretrain, "training_step", training_step)
+            yield
+
+    return at
 
 
 RUN = """

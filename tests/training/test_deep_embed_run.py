@@ -88,7 +88,7 @@ def test_a_run_on_disk_ends_where_the_same_run_in_memory_does(tiny, tmp_path, ca
 @pytest.mark.parametrize(
     ("form", "parts"), [("4x", {}), ("1x", {"attention": "nsa", "ffn": "dynmoe"})], ids=str
 )
-def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, form, parts):
+def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, interrupt, form, parts):
     """In bfloat16, which is rounded at random: the random numbers of a step must come back too."""
     rows = deep("ngram", "task", form=form, store="memmap", dtype="bf16")
     settings = {
@@ -100,16 +100,8 @@ def test_a_stopped_run_on_disk_goes_on_to_the_same_bits(tiny, tmp_path, monkeypa
     whole = replace(tiny(**settings), out=str(tmp_path / "whole"))
     stopped = replace(whole, out=str(tmp_path / "stopped"))
     assert run_training(whole) == 0
-    original = Pretrain.training_step
-
-    def training_step(self, batch, batch_idx):
-        if batch.step == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(Pretrain, "training_step", training_step)
-    assert run_training(stopped) == 143
-    monkeypatch.undo()
+    with interrupt(9, signal.SIGTERM):
+        assert run_training(stopped) == 143
     folder = tmp_path / "stopped" / row_tables.FOLDER
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["step10", "step8"]
     # What training wrote after its last checkpoint must not count: spoil the working file.
@@ -205,18 +197,10 @@ def test_a_finished_or_restarted_run_leaves_no_tables_behind(tiny, monkeypatch):
     assert not folder.exists()
 
 
-def test_a_resume_file_without_its_tables_says_so(tiny, tmp_path, monkeypatch):
+def test_a_resume_file_without_its_tables_says_so(tiny, tmp_path, interrupt):
     config = tiny(model=deep("token", store="memmap"), trainer={"checkpoint_steps": 2})
-    original = Pretrain.training_step
-
-    def training_step(self, batch, batch_idx):
-        if batch.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(Pretrain, "training_step", training_step)
-    assert run_training(config) == 143
-    monkeypatch.undo()
+    with interrupt(4, signal.SIGTERM):
+        assert run_training(config) == 143
     copies = list((Path(config.out) / row_tables.FOLDER).glob("step*/*"))
     for path in copies:
         os.truncate(path, path.stat().st_size - 1)

@@ -1,6 +1,5 @@
 """Killed and stopped runs, as real processes, end with the weights of an undisturbed one."""
 
-import os
 import signal
 import time
 from dataclasses import replace
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tiny_onn.training.pretrain import Pretrain
 from tiny_onn.training.run import run_training
 
 SETTINGS = {
@@ -65,20 +63,12 @@ def test_a_stopped_run_says_how_to_go_on_and_does(tiny, start, tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 7, 19])
-def test_ctrl_c_checkpoints_after_the_step_it_meets(tiny, tmp_path, monkeypatch, capsys, step):
+def test_ctrl_c_checkpoints_after_the_step_it_meets(tiny, tmp_path, interrupt, capsys, step):
     whole = replace(tiny(**SETTINGS, budget={"steps": 20}), out=str(tmp_path / "whole"))
     stopped = replace(whole, out=str(tmp_path / "stopped"))
     run_training(whole)
-    original = Pretrain.training_step
-
-    def training_step(self, batch, batch_idx):
-        if batch.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(Pretrain, "training_step", training_step)
-    status = run_training(stopped)
-    monkeypatch.undo()
+    with interrupt(step, signal.SIGINT):
+        status = run_training(stopped)
     assert status == (130 if step < 19 else 0)  # after its last step a run is done, not stopped
     if step < 19:
         assert f"stopped at step {step + 1}" in capsys.readouterr().out
@@ -86,20 +76,12 @@ def test_ctrl_c_checkpoints_after_the_step_it_meets(tiny, tmp_path, monkeypatch,
     assert weights(whole) == weights(stopped)
 
 
-def test_a_torn_newest_checkpoint_goes_on_from_the_one_before(tiny, tmp_path, monkeypatch, capsys):
+def test_a_torn_newest_checkpoint_goes_on_from_the_one_before(tiny, tmp_path, interrupt, capsys):
     whole = replace(tiny(**SETTINGS, budget={"steps": 20}), out=str(tmp_path / "whole"))
     torn = replace(whole, out=str(tmp_path / "torn"))
     run_training(whole)
-    original = Pretrain.training_step
-
-    def training_step(self, batch, batch_idx):
-        if batch.step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(Pretrain, "training_step", training_step)
-    assert run_training(torn) == 143
-    monkeypatch.undo()
+    with interrupt(12, signal.SIGTERM):
+        assert run_training(torn) == 143
     newest = tmp_path / "torn" / "resume.ckpt"
     newest.write_bytes(newest.read_bytes()[:-1000])
     assert run_training(torn) == 0

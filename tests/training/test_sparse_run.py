@@ -3,7 +3,6 @@ DeepEmbed; learning, logs, hold-outs, resumption, two processes."""
 
 import csv
 import json
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -204,23 +203,13 @@ def test_a_dead_expert_is_reborn_and_hold_outs_leave_no_trace(tiny, tmp_path, de
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_run_cut_in_mid_window_goes_on_bit_for_bit(
-    tiny, tmp_path, monkeypatch, dead_expert, step
-):
+def test_a_run_cut_in_mid_window_goes_on_bit_for_bit(tiny, tmp_path, interrupt, dead_expert, step):
     """Before the first rebirth, and after it, while the newborn's learning rate still rises."""
     whole = replace(tiny(**SPARSE, budget={"steps": 9}), out=str(tmp_path / "whole"))
     cut = replace(whole, out=str(tmp_path / "cut"))
     run_training(whole)
-    original = Pretrain.training_step
-
-    def training_step(self, batch, batch_idx):
-        if batch.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(Pretrain, "training_step", training_step)
-    assert run_training(cut) == 130
-    monkeypatch.setattr(Pretrain, "training_step", original)
+    with interrupt(step, signal.SIGINT):
+        assert run_training(cut) == 130
     assert run_training(cut) == 0
     assert weights(whole) == weights(cut)
     for name in ("loss", "moe/resets_0", "moe/load_0_1"):

@@ -91,8 +91,8 @@ def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
     """Numbers in their ranges, and experts, if it has any, that fit each other and the model.
 
     Raises:
-        UserError: a number out of range, more active experts than there are, no block with
-            experts, a fallback that could do nothing.
+        UserError: a number out of range, more active experts than there are, a form of
+            DeepEmbed that experts cannot have, a fallback that could do nothing.
     """
     check_group("moe", moe)
     if model.ffn != "dynmoe":
@@ -102,11 +102,6 @@ def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
             f"got moe.target_active={moe.target_active} with moe.experts={moe.experts}; expected "
             f"at most the number of experts; lower it, or give moe.experts="
             f"{math.ceil(moe.target_active)}"
-        )
-    if moe.every > model.layers:
-        raise UserError(
-            f"got moe.every={moe.every} with model.layers={model.layers}; expected at most the "
-            "number of layers; use moe.every=1 for experts in all of them"
         )
     deep = model.deep_embed
     if deep.keys and deep.form != "1x":
@@ -142,8 +137,7 @@ def check_nsa(nsa: NsaConfig, model: ModelConfig) -> None:
     """Numbers in their ranges; if read, blocks that fit the stride, and room for the forced ones.
 
     Raises:
-        UserError: a number out of range, a stride that does not divide a block, too few blocks, no
-            layer with NSA.
+        UserError: a number out of range, a stride that does not divide a block, too few blocks.
     """
     check_group("nsa", nsa)
     if model.attention != "nsa":
@@ -156,11 +150,6 @@ def check_nsa(nsa: NsaConfig, model: ModelConfig) -> None:
                 f"got nsa.{name}={length} with nsa.stride={nsa.stride}; expected a multiple of the "
                 f"stride; use nsa.{name}={fitting}, or another stride"
             )
-    if nsa.every > model.layers:
-        raise UserError(
-            f"got nsa.every={nsa.every} with model.layers={model.layers}; expected at most the "
-            "number of layers; use nsa.every=1 for NSA in all of them"
-        )
     if nsa.select_count < NUM_FORCED_BLOCKS:
         raise UserError(
             f"got nsa.select_count={nsa.select_count}; expected at least {NUM_FORCED_BLOCKS} (the "
