@@ -92,19 +92,19 @@ def tiny(task_dir, tmp_path):
 @pytest.fixture
 def interrupt(monkeypatch):
     """``with interrupt(step, number):`` sends this process a signal as that step begins."""
-    from tiny_onn.training.pretrain import Pretrain
+    from tiny_onn.training.loop import RunLoop
 
-    original = Pretrain.training_step
+    original = RunLoop.on_train_batch_start
 
     @contextmanager
     def at(step, number):
-        def training_step(self, batch, batch_idx):
+        def on_train_batch_start(self, trainer, module, batch, index):
             if batch.step == step:
                 os.kill(os.getpid(), number)
-            return original(self, batch, batch_idx)
+            original(self, trainer, module, batch, index)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Pretrain, "training_step", training_step)
+            patch.setattr(RunLoop, "on_train_batch_start", on_train_batch_start)
             yield
 
     return at

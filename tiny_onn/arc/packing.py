@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiny_onn.arc.tokens import END, IGNORE, START, Document
+from tiny_onn.arc.tokens import END, END_POSITION, IGNORE, START, Document
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,26 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class SoftTokens:
+    """Tokens that are a mixture: rows_S int64 (S,) among all rows, probs_SV float (S, V), each row
+    summing to 1. What else reads a token (DeepEmbed's keys) reads the one in ``tokens``."""
+
+    rows_S: Tensor
+    probs_SV: Tensor
+
+    def to(self, device: torch.device | str) -> SoftTokens:
+        return SoftTokens(
+            self.rows_S.to(device, non_blocking=True), self.probs_SV.to(device, non_blocking=True)
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
     """A packed batch.
 
     tokens_N, targets_N: int64 (N,), the target is the next token, IGNORE where there is no
     loss; positions_N3: int64 (N, 3); task_B, view_B: int64 (B,); order: for each document of
-    the batch its index among those given to :func:`pack`.
+    the batch its index among those given to :func:`pack`; soft: which tokens are mixtures.
     """
 
     tokens_N: Tensor
@@ -66,6 +80,7 @@ class Batch:
     view_B: Tensor
     layout: Layout
     order: tuple[int, ...]
+    soft: SoftTokens | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -96,6 +111,7 @@ class Batch:
             task_B=self.task_B.to(device, non_blocking=True),
             view_B=self.view_B.to(device, non_blocking=True),
             layout=self.layout.to(device),
+            soft=None if self.soft is None else self.soft.to(device),
         )
 
 
@@ -165,3 +181,26 @@ def pack(documents: Sequence[Document], loss_on_inputs: bool = False) -> Batch:
         ),
         order=tuple(order),
     )
+
+
+def unpack(batch: Batch) -> list[Document]:
+    """The complete documents that :func:`pack` made ``batch`` of, in the batch's order.
+
+    They must have been pairs (or demonstrations and a query), not prompts.
+    """
+    tokens_N, positions_N3 = batch.tokens_N.cpu().numpy(), batch.positions_N3.cpu().numpy()
+    task_B, view_B = batch.task_B.tolist(), batch.view_B.tolist()
+    documents, begin = [], 0
+    for slot, length in enumerate(batch.layout.lengths):
+        rows = slice(begin, begin + length)
+        documents.append(
+            Document(
+                np.append(tokens_N[rows], END),
+                np.concatenate([positions_N3[rows], [END_POSITION]]),
+                batch.layout.prefixes[slot],
+                task_B[slot],
+                view_B[slot],
+            )
+        )
+        begin += length
+    return documents

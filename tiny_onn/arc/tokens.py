@@ -22,6 +22,7 @@ from tiny_onn.errors import UserError
 
 START, NEWLINE, SEP, END = 10, 11, 12, 13
 VOCAB = 14
+END_POSITION = (0, 0, 4)
 IGNORE = -1
 """A target without loss."""
 
@@ -114,7 +115,7 @@ def pair_positions(in_height: int, in_width: int, out_height: int, out_width: in
         [
             prompt_positions(in_height, in_width),
             _grid_positions(out_height, out_width, 3),
-            [(0, 0, 4)],
+            [END_POSITION],
         ]
     )
     positions.flags.writeable = False

@@ -103,6 +103,51 @@ def check_train(config: Config) -> None:
             "input token sees its own target; expected a causal mask; give model.mask=causal"
         )
     check_text("out", config.out, "a folder, such as out=runs/x")
+    if config.init_from is not None:
+        check_text("init_from", config.init_from, "a run folder, such as init_from=runs/x")
+        if config.model.deep_embed.store == "memmap":
+            raise UserError(
+                "got init_from with model.deep_embed.store=memmap; expected tables in memory, for "
+                "those on disk are not taken over; give model.deep_embed.store=dense"
+            )
+    if config.stage == "eavi":
+        check_eavi(config)
+
+
+def check_eavi(config: Config) -> None:
+    """What stage eavi asks for beyond the rest.
+
+    Raises:
+        UserError: no weights to begin with, or settings that do not fit together.
+    """
+    eavi = config.eavi
+    check_group("eavi", eavi)
+    if config.init_from is None:
+        raise UserError(
+            "got stage=eavi without init_from; expected the run folder of a trained model, whose "
+            "own outputs this stage learns from; give init_from=runs/x"
+        )
+    if eavi.excursions_per_document > 1 and (eavi.feed != "sample" or not eavi.temperature):
+        raise UserError(
+            f"got eavi.excursions_per_document={eavi.excursions_per_document} with eavi.feed="
+            f"{eavi.feed} and eavi.temperature={eavi.temperature}, which are all the same; "
+            "expected one; give eavi.feed=sample for different ones"
+        )
+    if not eavi.excursion_weight and not eavi.truth_weight and not eavi.divergence_weight:
+        raise UserError(
+            "got eavi.excursion_weight=0, eavi.truth_weight=0 and eavi.divergence_weight=0; "
+            "expected one above 0, or nothing is learnt; raise one"
+        )
+    if config.data.loss_on_inputs:
+        raise UserError(
+            "got stage=eavi with data.loss_on_inputs=true; expected false, for excursions are of "
+            "outputs only; leave it out"
+        )
+    if config.trainer.strategy == "fsdp":
+        raise UserError(
+            "got stage=eavi with trainer.strategy=fsdp, whose processes would have to write "
+            "outputs of equal length; expected whole models; give trainer.strategy=ddp"
+        )
 
 
 def check_submit(config: SubmitConfig) -> None:

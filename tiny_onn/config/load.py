@@ -156,9 +156,12 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
             "it is torn or of another version: train again"
         )
     config = _build(Config, keys, [Layer(values, origin)])
-    check_model(config.model)
-    check_moe(config.moe, config.model)
-    check_nsa(config.nsa, config.model)
+    try:
+        check_model(config.model)
+        check_moe(config.moe, config.model)
+        check_nsa(config.nsa, config.model)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
     return config
 
 

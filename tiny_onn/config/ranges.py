@@ -10,6 +10,7 @@ from typing import Any
 from tiny_onn.config.schema import (
     BudgetConfig,
     DeepEmbedConfig,
+    EaviConfig,
     ModelConfig,
     MoeConfig,
     NsaConfig,
@@ -72,6 +73,13 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "optim.final_lr_share": _SHARE,
     "optim.clip_norm": _AT_LEAST_0,
     "optim.ema_decay": _BELOW_1,
+    "eavi.temperature": _AT_LEAST_0,
+    "eavi.excursions_per_document": _AT_LEAST_1,
+    "eavi.share_start": _SHARE,
+    "eavi.share_end": _SHARE,
+    "eavi.excursion_weight": _AT_LEAST_0,
+    "eavi.truth_weight": _AT_LEAST_0,
+    "eavi.divergence_weight": _AT_LEAST_0,
     "budget.minutes": _ABOVE_0,
     "budget.epochs": _ABOVE_0,
     "budget.steps": _AT_LEAST_1,
@@ -108,6 +116,7 @@ def check_group(
     group: str,
     settings: BudgetConfig
     | DeepEmbedConfig
+    | EaviConfig
     | ModelConfig
     | MoeConfig
     | NsaConfig

@@ -151,6 +151,27 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class EaviConfig:
+    """EAVI: read where stage=eavi."""
+
+    feed: Literal["soft", "sample", "greedy"] = key(
+        "soft", "what the model feeds itself: its distribution, a draw from it, or its likeliest"
+    )
+    geometry: Literal["truth", "free"] = key(
+        "truth", "truth: rows and end of the true grid, own colours; free: its own rows and end"
+    )
+    temperature: float = key(1.0, "temperature of what is fed (0: greedy)")
+    excursions_per_document: int = key(1, "self-fed outputs of one document; above 1: feed=sample")
+    share_start: float = key(1.0, "share of the documents that take an excursion, at the start")
+    share_end: float = key(1.0, "the same at the end of the budget; linear between the two")
+    excursion_weight: float = key(0.5, "weight of the truth's NLL on self-fed prefixes")
+    truth_weight: float = key(0.5, "weight of the truth's NLL on true prefixes")
+    divergence_weight: float = key(
+        0.0, "weight of KL(p on the true prefix || p on the self-fed one)"
+    )
+
+
+@dataclass(frozen=True)
 class BudgetConfig:
     minutes: float | None = key(None, "wall-clock budget of training; the decay completes in it")
     epochs: float | None = key(None, "budget in epochs (exactly one of minutes, epochs, steps)")
@@ -204,12 +225,13 @@ class PredictConfig:
 class Config:
     """``python train.py``."""
 
-    stage: Literal["pretrain"] = key("pretrain", "training stage")
+    stage: Literal["pretrain", "eavi"] = key("pretrain", "training stage")
     preset: Literal["nano", "small", "base"] = key("nano", "size and recipe")
     network: Literal["sparse", "sparse_long", "dense"] = key(
         "sparse", "which parts it has: sets model.attention, model.ffn and model.deep_embed"
     )
     seed: int = key(0, "seeds weights, data order and views")
+    init_from: str | None = key(None, "run folder whose weights this run begins with")
     out: str = key("runs/${stage}-${preset}-${network}", "run folder")
     resume: bool = key(True, "go on from the run folder's resume checkpoint if there is one")
     data: DataConfig = field(default_factory=DataConfig)
@@ -218,6 +240,7 @@ class Config:
     moe: MoeConfig = field(default_factory=MoeConfig)
     reset: ResetConfig = field(default_factory=ResetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    eavi: EaviConfig = field(default_factory=EaviConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)

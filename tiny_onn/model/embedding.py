@@ -8,6 +8,8 @@ Shapes: N tokens, B documents, C residual width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,9 +41,22 @@ class Embedding(nn.Module):
         self.view = RowTable(NUM_DIHEDRAL, width)
 
     def forward(
-        self, tokens_N: Tensor, doc_N: Tensor, task_B: Tensor, view_B: Tensor
+        self,
+        tokens_N: Tensor,
+        doc_N: Tensor,
+        task_B: Tensor,
+        view_B: Tensor,
+        soft: Any | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns (x_NC, task_BC)."""
+        """Returns (x_NC, task_BC). The tokens of ``soft`` (``rows_S``, ``probs_SV``) enter as the
+        mean of the token vectors under their probabilities."""
         task_BC = self.task(task_B)
         document_BC = task_BC + self.view(view_B)
-        return self.token(tokens_N) + document_BC.index_select(0, doc_N), task_BC
+        x_NC = self.token(tokens_N)
+        if soft is not None:
+            x_NC = x_NC.index_copy(0, soft.rows_S, self._expected(soft.probs_SV))
+        return x_NC + document_BC.index_select(0, doc_N), task_BC
+
+    def _expected(self, probs_SV: Tensor) -> Tensor:
+        with torch.autocast(probs_SV.device.type, enabled=False):
+            return probs_SV.to(self.token.weight.dtype) @ self.token.weight

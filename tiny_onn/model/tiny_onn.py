@@ -175,7 +175,9 @@ class TinyONN(nn.Module):
         if cache is not None:
             context.cache, context.doc_N = cache, layout.doc_N
             context.column_N = _columns(layout)
-        x_NC, task_BC = self.embedding(batch.tokens_N, layout.doc_N, batch.task_B, batch.view_B)
+        x_NC, task_BC = self.embedding(
+            batch.tokens_N, layout.doc_N, batch.task_B, batch.view_B, batch.soft
+        )
         *earlier, last = list(zip(self.blocks, deltas, strict=True)) * self.config.loops
         for block, delta_of in earlier:
             x_NC = block(x_NC, task_BC, layout.doc_N, context, delta_of=delta_of, routing=routing)
@@ -250,14 +252,19 @@ class TinyONN(nn.Module):
         return self.logits(self.hidden(batch, last_B, cache)), cache
 
     @torch.no_grad()
-    def step(self, tokens_B: Tensor, positions_B3: Tensor, cache: KVCache) -> Tensor:
-        """Feed one token to every row of the cache; returns the next token's logits_BV."""
+    def step(
+        self, tokens_B: Tensor, positions_B3: Tensor, cache: KVCache, soft: Any | None = None
+    ) -> Tensor:
+        """Feed one token to every row of the cache; returns the next token's logits_BV.
+
+        ``soft``: rows whose token is a mixture (see :class:`tiny_onn.arc.packing.SoftTokens`).
+        """
         cos, sin = self.rope(positions_B3)
         bias_B11T = cache.start_step()
         context = AttentionContext(cos, sin, cache=cache, bias_B11T=bias_B11T)
         doc_B = torch.arange(len(tokens_B), device=tokens_B.device)
         deltas = self._step_deltas(tokens_B, positions_B3, doc_B, cache)
-        x_BC, task_BC = self.embedding(tokens_B, doc_B, cache.task_B, cache.view_B)
+        x_BC, task_BC = self.embedding(tokens_B, doc_B, cache.task_B, cache.view_B, soft)
         for _ in range(self.config.loops):
             for block, delta_of in zip(self.blocks, deltas, strict=True):
                 x_BC = block(x_BC, task_BC, doc_B, context, delta_of=delta_of)

@@ -40,7 +40,9 @@ class TrainBatch:
 
     rows_M, targets_M: int64, the rows that carry a target and their targets (filled up with row 0
     and IGNORE where batches are rounded). num_tokens, num_targets: without filler. attention: its
-    work. step: number of the step (from 0) it is for.
+    work. step: number of the step (from 0) it is for. num_outputs: targets that the loss is a mean
+    over, those of the true outputs. excursion_tokens: what was passed through the network without
+    gradient to make it.
     """
 
     batch: Batch
@@ -50,6 +52,8 @@ class TrainBatch:
     num_targets: int
     attention: AttentionWork
     step: int
+    num_outputs: int
+    excursion_tokens: int = 0
 
     def pin_memory(self) -> TrainBatch:
         """What the data loader calls for a GPU: copies from page-locked memory do not wait."""
@@ -90,6 +94,7 @@ def prepare(
         num_targets=len(rows_M),
         attention=attention_work(batch.layout, causal, nsa),
         step=step,
+        num_outputs=len(rows_M),
     )
 
 

@@ -109,17 +109,21 @@ class RunLoop(L.Callback):
         self, trainer: L.Trainer, module: Pretrain, batch: TrainBatch, index: int
     ) -> None:
         assert batch.step == self.totals.step, (batch.step, self.totals.step)
+        batch = module.begin_step(batch, self.share)
         counts = self.channel.gather(
+            batch.num_outputs,
             batch.num_targets,
             batch.num_tokens,
             len(batch.batch.task_B),
+            batch.excursion_tokens,
             *batch.attention,
         )
-        targets, tokens, documents, *work = (int(n) for n in counts.sum(dim=0))
-        module.global_targets = targets
+        outputs, targets, tokens, documents, passed, *work = (int(n) for n in counts.sum(dim=0))
+        module.global_targets = outputs
         self.totals.targets += targets
         self.totals.tokens += tokens
         self.totals.documents += documents
+        self.totals.excursion_tokens += passed
         for name, count in AttentionWork(*work)._asdict().items():
             setattr(self.totals, name, getattr(self.totals, name) + count)
         # Dropout draws from a stream of its own for every step and process, so a resumed run
@@ -153,7 +157,8 @@ class RunLoop(L.Callback):
             mean = float(self.channel.gather(self.monitor.take_mean()).mean())
             if not self._on_cpu:
                 self.told.smooth(mean, self.config.trainer.log_every_steps)
-            self.told.log(trainer, mean, module.grad_norm)
+            more = module.take_metrics(self.channel)
+            self.told.log(trainer, mean, module.grad_norm, more)
         else:
             self.told.show_if_due(trainer)
         self._prepare_next_step(trainer)

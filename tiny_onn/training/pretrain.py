@@ -12,7 +12,9 @@ from torch.nn.utils import clip_grad_norm_
 from tiny_onn.config.schema import MoeConfig, OptimConfig
 from tiny_onn.losses.language import output_nll
 from tiny_onn.losses.sdl import SDLTerms
+from tiny_onn.model.tiny_onn import ModelOutput
 from tiny_onn.training.datamodule import TrainBatch
+from tiny_onn.training.distributed import StepChannel
 from tiny_onn.training.optim import MuonAdamW, build_optimizer
 from tiny_onn.training.routing import StepRouting, gather_routing
 from tiny_onn.training.row_optim import pending_leaves
@@ -51,6 +53,14 @@ class Pretrain(L.LightningModule):
     def configure_optimizers(self) -> MuonAdamW:
         return build_optimizer(self.model, self.optim)
 
+    def begin_step(self, batch: TrainBatch, share: float) -> TrainBatch:
+        """What the step is going to train on, at this ``share`` of the budget: ``batch``."""
+        return batch
+
+    def take_metrics(self, channel: StepChannel) -> dict[str, float]:
+        """What else the log says of the steps since the last call: nothing."""
+        return {}
+
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Mean NLL of the global batch, times its share here; plus SDL where there are experts.
 
@@ -61,6 +71,10 @@ class Pretrain(L.LightningModule):
         nll, _ = output_nll(output.logits_MV, batch.targets_M)
         loss = nll * (self.trainer.world_size / self.global_targets)
         self.language_loss = loss.detach()
+        return self.with_sdl(loss, output)
+
+    def with_sdl(self, loss: Tensor, output: ModelOutput) -> Tensor:
+        """``loss`` and, where there are experts, what SDL adds to it."""
         if not output.routing:
             return loss
         routing = gather_routing(output.routing, self.samples)

@@ -68,13 +68,14 @@ def _rows(name: str, config: ModelConfig, totals: RunTotals) -> int:
 
 
 def train_flops(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
-    """Floating-point operations of the training steps' matrix products, forward and backward.
+    """Floating-point operations of the steps' matrix products: excursions, forward and backward.
 
     6 per weight of a matrix and row that passes it: tokens for the blocks (after the last
     attention only rows with a target), executed pairs for one expert's matrices, target rows for
     the head, documents for the task modulation; NSA's phi, once for each key head: chunks for
     W_inner, of which each passes all slices, blocks for W_outer. 12 per head channel and visible
-    query-key pair of every branch (attention_work.py). Newton-Schulz, the gates' few cosines
+    query-key pair of every branch (attention_work.py). A token of an excursion counts as the
+    forward part, a third, of an average token trained on. Newton-Schulz, the gates' few cosines
     and phi's positions (a row a batch) are not counted.
     """
     products = config.width * config.vocab_size * totals.targets
@@ -92,7 +93,8 @@ def train_flops(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
     pairs = config.layers * totals.visible_pairs
     if sparse:
         pairs = sparse * totals.visible_pairs + (config.layers - sparse) * totals.full_pairs
-    return 6 * products + 12 * config.loops * config.heads * config.head_width * pairs
+    trained = 6 * products + 12 * config.loops * config.heads * config.head_width * pairs
+    return trained + trained * totals.excursion_tokens // (3 * max(1, totals.tokens))
 
 
 def provenance(
@@ -124,6 +126,7 @@ def provenance(
         "steps": totals.step,
         "tokens": totals.tokens,
         "target_tokens": totals.targets,
+        "excursion_tokens": totals.excursion_tokens,
         "seconds": round(totals.seconds, 3),
         "train_flops": train_flops(model, config.model, totals),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -1,4 +1,4 @@
-"""Stage pretrain from a configuration to a trained checkpoint in its run folder."""
+"""A training stage from a configuration to a trained checkpoint in its run folder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ from tiny_onn.model.tiny_onn import TinyONN, build_model
 from tiny_onn.training.budget import Budget
 from tiny_onn.training.compiler import compile_model
 from tiny_onn.training.datamodule import Positions, PretrainData
+from tiny_onn.training.eavi import Eavi
 from tiny_onn.training.expert_reset import ExpertReset
 from tiny_onn.training.hardware import with_precision
+from tiny_onn.training.initial_weights import begin_with
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
     make_trainer,
@@ -126,9 +128,10 @@ class _Run:
         restored = self._resume_point(data_hash)
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(corpus.task_ids), config.moe, config.nsa)
+        initial = self._begin(model, corpus, restored)
         identity = {"config": asdict(config), "data": data_hash}
         budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
-        module = Pretrain(model, config.optim, config.moe)
+        module = self._module(model)
         reset = self._expert_reset(lambda: loop, restored)
         tables = None
         if model.deep_embed is not None and model.deep_embed.files:
@@ -141,7 +144,7 @@ class _Run:
             identity,
             restored.state if restored else None,
             holdout=self._holdout(module, corpus),
-            finish=lambda weights: self._finish(loop, module, corpus, weights),
+            finish=lambda weights: self._finish(loop, module, corpus, weights, initial),
             reset=reset,
             tables=tables,
         )
@@ -189,6 +192,27 @@ class _Run:
         if self.first:
             self._close_folder(loop)
         return 0
+
+    def _begin(
+        self, model: TinyONN, corpus: Corpus, restored: ResumePoint | None
+    ) -> dict[str, Any] | None:
+        """Take over the weights of init_from; what its run is known by, None without it."""
+        config = self.config
+        if config.init_from is None:
+            return None
+        initial = begin_with(model, config, corpus.task_ids)
+        if restored is None:
+            new = initial["new_tasks"]
+            self.say(
+                f"weights of {config.init_from}: {initial['steps']} steps, "
+                f"{initial['tokens']:,} tokens" + (f"; {new} tasks are new" if new else "")
+            )
+        return initial
+
+    def _module(self, model: TinyONN) -> Pretrain:
+        if self.config.stage == "eavi":
+            return Eavi(model, self.config, process_rank())
+        return Pretrain(model, self.config.optim, self.config.moe)
 
     def _resume_point(self, data_hash: str) -> ResumePoint | None:
         """Where to go on from, if that is asked for and there is such a place."""
@@ -265,6 +289,7 @@ class _Run:
         module: Pretrain,
         corpus: Corpus,
         weights: dict[str, torch.Tensor],
+        initial: dict[str, Any] | None,
     ) -> None:
         """Save the trained model (first process only)."""
         model = build_model(
@@ -281,6 +306,8 @@ class _Run:
             module.device,
             module.trainer.world_size,
         )
+        if initial is not None:
+            facts["init_from"] = initial
         save_checkpoint(self.folder / CHECKPOINT, model, self.config, corpus.task_ids, facts)
         loop.facts = facts
 

@@ -51,7 +51,9 @@ class RunLog:
         weight = 1 - math.exp(-steps / SMOOTHING)
         self.loss = loss if self.loss is None else self.loss + weight * (loss - self.loss)
 
-    def log(self, trainer: L.Trainer, loss: float, grad_norm: Tensor | None) -> None:
+    def log(
+        self, trainer: L.Trainer, loss: float, grad_norm: Tensor | None, more: dict[str, float]
+    ) -> None:
         """A log step: metrics since the last one, and the progress line if it is due."""
         rate = self._tokens_per_s()
         if trainer.loggers:
@@ -64,7 +66,7 @@ class RunLog:
             }
             if grad_norm is not None:
                 metrics["grad_norm"] = float(whole(grad_norm))
-            metrics |= self.routing.take_metrics()
+            metrics |= self.routing.take_metrics() | more
             if self.reset is not None:
                 metrics |= self.reset.metrics()
             self._write(trainer, metrics)

@@ -23,6 +23,8 @@ class RunTotals:
     documents: int = 0
     expert_pairs: int = 0
     """Active pairs (token, expert), fallbacks included, summed over the layers with experts."""
+    excursion_tokens: int = 0
+    """Tokens that passed the network without gradient, in excursions: prompts and fed ones."""
     seconds: float = 0.0
     next_holdout: int = 1
     """Number of the next hold-out measurement, in units of trainer.holdout_share."""

@@ -1,0 +1,241 @@
+"""Stage eavi as a run: it starts from a trained model, logs, resumes exactly, refuses bad input."""
+
+import csv
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_onn.config.schema import DeepEmbedConfig, EaviConfig, NsaConfig
+from tiny_onn.errors import UserError
+from tiny_onn.model.checkpoint import load_model, save_checkpoint
+from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.training.run import run_training
+
+SPARSE = {
+    "model": {
+        "layers": 2,
+        "attention": "nsa",
+        "ffn": "dynmoe",
+        "deep_embed": DeepEmbedConfig(keys=["token", "task"], form="1x", task_rank=3),
+        "dropout": 0.1,
+    },
+    "nsa": NsaConfig(block=8, stride=4, select_block=4, select_count=4, window=8),
+}
+
+
+@pytest.fixture
+def pretrained(tiny, tmp_path):
+    """A run of a few steps, by settings; -> (its configuration, one of stage eavi from it)."""
+
+    def make(steps=6, eavi=None, budget=None, trainer=None, **settings):
+        first = replace(tiny(budget={"steps": steps}, **settings), out=str(tmp_path / "pretrained"))
+        assert run_training(first) == 0
+        second = replace(
+            tiny(budget=budget or {"steps": 6}, trainer=trainer, **settings),
+            stage="eavi",
+            init_from=first.out,
+            eavi=EaviConfig(**(eavi or {})),
+            out=str(tmp_path / "eavi"),
+        )
+        return first, second
+
+    return make
+
+
+def rows(config):
+    with open(Path(config.out) / "logs" / "version_0" / "metrics.csv") as file:
+        return [row for row in csv.DictReader(file) if row["loss"]]
+
+
+def weights(config):
+    return {
+        k: v.numpy().tobytes()
+        for k, v in load_file(Path(config.out) / "checkpoint" / "weights.safetensors").items()
+    }
+
+
+@pytest.mark.parametrize("feed", ["soft", "sample", "greedy"])
+@pytest.mark.parametrize("geometry", ["truth", "free"])
+@pytest.mark.parametrize("settings", [{}, SPARSE], ids=["dense", "sparse"])
+def test_it_runs_logs_every_term_and_moves_the_weights(pretrained, feed, geometry, settings):
+    given = {"feed": feed, "geometry": geometry, "divergence_weight": 0.1}
+    first, second = pretrained(eavi=given, **settings)
+    assert run_training(second) == 0
+    for row in rows(second):
+        for name in ("excursion_nll", "truth_nll", "divergence", "own_accuracy"):
+            assert np.isfinite(float(row[f"eavi/{name}"])), name
+        assert float(row["eavi/share"]) == 1
+        assert float(row["loss"]) == pytest.approx(float(row["eavi/truth_nll"]), rel=1e-5)
+    assert weights(first) != weights(second)
+    facts = json.loads((Path(second.out) / "checkpoint" / "provenance.json").read_text())
+    assert facts["init_from"]["steps"] == 6 and facts["stage"] == "eavi"
+
+
+def test_it_begins_where_the_other_run_ended(pretrained):
+    """With steps too small to change a float, all weights are the first run's."""
+    first, second = pretrained()
+    second = replace(
+        second,
+        optim=replace(
+            second.optim,
+            muon_lr=1e-30,
+            adamw_lr=1e-30,
+            table_lr=1e-30,
+            muon_weight_decay=0.0,
+            adamw_weight_decay=0.0,
+        ),
+    )
+    assert run_training(second) == 0
+    assert weights(first) == weights(second)
+
+
+def test_pretraining_may_begin_with_weights_too(pretrained):
+    first, second = pretrained()
+    again = replace(second, stage="pretrain")
+    assert run_training(again) == 0
+    assert weights(again) != weights(first)
+    assert "eavi/truth_nll" not in rows(again)[0]
+
+
+def test_a_step_without_excursions_is_a_step_of_teacher_forcing(pretrained):
+    _, second = pretrained(eavi={"share_start": 0.0, "share_end": 0.0, "truth_weight": 1.0})
+    assert run_training(second) == 0
+    again = replace(second, stage="pretrain", out=second.out + "2")
+    assert run_training(again) == 0
+    assert weights(second) == weights(again)
+
+
+def test_the_share_of_excursions_follows_its_curriculum(pretrained):
+    _, second = pretrained(eavi={"share_start": 0.0, "share_end": 1.0}, budget={"steps": 12})
+    assert run_training(second) == 0
+    shares = [float(row["eavi/share"]) for row in rows(second)]
+    assert shares[0] == 0 and shares[-1] > 0.8 and shares == sorted(shares)
+
+
+@pytest.mark.parametrize("settings", [{}, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("feed", ["soft", "sample"])
+def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, interrupt, settings, feed):
+    given = {"feed": feed, "share_start": 0.3}
+    _, whole = pretrained(eavi=given, budget={"steps": 8}, **settings)
+    stopped = replace(whole, out=whole.out + "-stopped")
+    assert run_training(whole) == 0
+    with interrupt(4, signal.SIGTERM):
+        assert run_training(stopped) == 143
+    assert run_training(stopped) == 0
+    assert weights(whole) == weights(stopped)
+    assert {r["step"]: r["loss"] for r in rows(whole)}.items() >= {
+        r["step"]: r["loss"] for r in rows(stopped)
+    }.items()
+
+
+def test_excursions_do_not_move_what_dropout_draws(pretrained, monkeypatch):
+    """The random numbers of a training step are the same whatever was drawn for excursions."""
+    from tiny_onn.training.eavi import Eavi
+
+    drawn = []
+    original = Eavi.training_step
+
+    def training_step(self, batch, batch_idx):
+        state = torch.get_rng_state()
+        drawn.append(float(torch.rand(())))
+        torch.set_rng_state(state)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(Eavi, "training_step", training_step)
+    _, second = pretrained(eavi={"feed": "sample"})
+    assert run_training(second) == 0
+    assert run_training(replace(second, eavi=EaviConfig(feed="soft"), out=second.out + "2")) == 0
+    assert drawn[:6] == drawn[6:] and len(set(drawn[:6])) == 6
+
+
+def test_it_learns_to_be_right_on_its_own_outputs(pretrained):
+    """The tiny corpus, by heart: what the model writes itself ends up nearly all right."""
+    views = {"data": {"views": "none"}, "model": {"layers": 2}}
+    _, second = pretrained(steps=150, budget={"steps": 150}, eavi={"feed": "greedy"}, **views)
+    assert run_training(second) == 0
+    found = [float(row["eavi/own_accuracy"]) for row in rows(second)]
+    assert np.mean(found[-10:]) > max(0.97, np.mean(found[:10]))
+
+
+BAD = [
+    ({"init_from": None}, {}, "got stage=eavi without init_from"),
+    ({}, {"excursions_per_document": 2}, "give eavi.feed=sample"),
+    ({}, {"excursion_weight": 0.0, "truth_weight": 0.0}, "expected one above 0"),
+    ({}, {"temperature": -1.0}, "eavi.temperature=-1.0; expected a number at least 0"),
+    ({}, {"share_end": 1.5}, "eavi.share_end=1.5; expected a number from 0 to 1"),
+    ({"init_from": "runs/nothing"}, {}, "checkpoint 'runs/nothing' does not exist"),
+]
+
+
+@pytest.mark.parametrize(("top", "eavi", "message"), BAD, ids=str)
+def test_bad_settings_are_one_line(tiny, tmp_path, top, eavi, message):
+    config = replace(tiny(), **({"stage": "eavi", "init_from": "x"} | top), eavi=EaviConfig(**eavi))
+    with pytest.raises(UserError, match=message) as caught:
+        run_training(config)
+    assert "\n" not in str(caught.value)
+    assert not (Path(config.out) / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 16}, "model.width=32; expected 16; give model.width=32, or choose another run"),
+        ({"layers": 3}, "model.layers=1; expected 3"),
+        ({"attention": "nsa"}, r"model.attention=full; expected nsa \(and"),
+    ],
+)
+def test_another_network_is_named_in_one_line(pretrained, changes, message):
+    _, second = pretrained(steps=1)
+    second = replace(second, model=replace(second.model, **changes))
+    with pytest.raises(UserError, match=message) as caught:
+        run_training(second)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(pretrained):
+    first, second = pretrained(steps=1)
+    saved = Path(first.out) / "checkpoint" / "config.yaml"
+    saved.write_text(saved.read_text().replace("vocab_size: 14", "vocab_size: 15"))
+    with pytest.raises(UserError, match="config.yaml'.*vocab_size=15; expected 14") as caught:
+        run_training(second)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_untrained_checkpoint_and_one_of_other_tasks_are_refused(pretrained, tmp_path):
+    first, second = pretrained(steps=1)
+    model = build_model(first.model, 1, first.moe, first.nsa)
+    for name, facts, message in (
+        ("never", {"trained": False, "steps": 0}, "was never trained"),
+        ("other", {"trained": True, "steps": 1, "tokens": 1}, "knows none of this run's 8 tasks"),
+    ):
+        save_checkpoint(tmp_path / name, model, first, ("somebody",), facts)
+        with pytest.raises(UserError, match=message):
+            run_training(replace(second, init_from=str(tmp_path / name)))
+
+
+def test_task_rows_go_by_task_id(pretrained, tmp_path):
+    first, second = pretrained(steps=1)
+    loaded = load_model(first.out)
+    order = [7, 2, 0, 5]  # four of the eight tasks, in another order
+    model = build_model(first.model, 4, first.moe, first.nsa)
+    state = loaded.model.state_dict()
+    state["embedding.task.weight"] = state["embedding.task.weight"][order]
+    model.load_state_dict(state)
+    ids = tuple(loaded.task_ids[i] for i in order)
+    save_checkpoint(tmp_path / "few", model, first, ids, loaded.provenance)
+    from tiny_onn.training.initial_weights import begin_with
+
+    torch.manual_seed(5)
+    fresh = build_model(first.model, 8, first.moe, first.nsa)
+    own = fresh.embedding.task.weight.detach().clone()
+    facts = begin_with(fresh, replace(second, init_from=str(tmp_path / "few")), loaded.task_ids)
+    assert facts["new_tasks"] == 4
+    for row in range(8):
+        want = loaded.model.embedding.task.weight if row in order else own
+        assert torch.equal(fresh.embedding.task.weight[row], want[row])

@@ -1,0 +1,54 @@
+"""The alignment loss of EAVI over a super-batch of true and self-fed prefixes.
+
+Context c, truth y of T tokens, model p, excursion yhat that p wrote without gradient. With the
+frozen model as the posterior over trajectories, q(yhat | c) = prod_t p(yhat_t | c, yhat_<t), and
+as their prior too,
+
+    log p(y|c) >= E_q[ sum_t log p(y_t | c, yhat_<t) ] - KL(q || q) = E_q[ ... ]
+
+where p(y | c, yhat) = prod_t p(y_t | c, yhat_<t): every true token is given by the trajectory
+written before it. The excursion term is the Monte-Carlo estimate of the negative bound. The truth
+term is teacher forcing; the KL term pulls what the model says on its own prefix to what it says on
+the true one.
+
+Shapes: M rows with a target, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiny_onn.losses.language import IGNORE
+
+
+@dataclass(frozen=True)
+class AlignmentTerms:
+    """Sums in nats: excursion, NLL of the truth on self-fed prefixes; truth, on true prefixes;
+    divergence, KL(p on the true prefix, without gradient || p on the self-fed prefix)."""
+
+    excursion: Tensor
+    truth: Tensor
+    divergence: Tensor
+
+
+def alignment_terms(
+    logits_MV: Tensor, targets_M: Tensor, excursion_M: Tensor, twin_M: Tensor
+) -> AlignmentTerms:
+    """The terms of one super-batch.
+
+    Args:
+        logits_MV: (M, V) float; targets_M: int64 (M,), IGNORE counts for nothing.
+        excursion_M: bool (M,), rows of self-fed prefixes. twin_M: int64 (M,), for such a row the
+            row of the true prefix that predicts the same place; IGNORE for none and elsewhere.
+    """
+    nll_M = F.cross_entropy(logits_MV, targets_M, reduction="none", ignore_index=IGNORE)
+    truth = nll_M.masked_fill(excursion_M, 0).sum()
+    own_M = torch.nonzero(twin_M != IGNORE).squeeze(1)
+    logp_MV = logits_MV[own_M].log_softmax(dim=-1)
+    wanted_MV = logits_MV.detach()[twin_M[own_M]].log_softmax(dim=-1)
+    divergence = F.kl_div(logp_MV, wanted_MV, reduction="sum", log_target=True)
+    return AlignmentTerms(nll_M.masked_fill(~excursion_M, 0).sum(), truth, divergence)

@@ -1,0 +1,121 @@
+"""The LightningModule of stage eavi: excursions without gradient, one parallel alignment.
+
+EAVI (Excursion-Alignment Variational Inference). A step of it
+
+1. lets the frozen model write outputs of the batch's documents from its own previous tokens
+   (excursions.py);
+2. packs what it wrote beside the truth (alignment_batch.py), passes both through the network in
+   one parallel forward, and goes back once through the loss (losses/alignment.py, with the
+   bound that it comes from)
+
+       loss = w_truth * NLL(truth | true prefixes) + w_excursion * NLL(truth | self-fed prefixes)
+            + w_divergence * KL(p on true prefixes, without gradient || p on self-fed ones)
+
+   each summed over its rows, the last two divided by the excursions of a document, and all by the
+   number of the true outputs' tokens.
+
+Nothing is argmaxed on the way with ``eavi.feed=soft``: only a submission is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny_onn.arc.packing import unpack
+from tiny_onn.config.schema import Config
+from tiny_onn.losses.alignment import alignment_terms
+from tiny_onn.losses.language import IGNORE
+from tiny_onn.training.alignment_batch import align
+from tiny_onn.training.datamodule import TrainBatch, prepare, rounding
+from tiny_onn.training.distributed import StepChannel
+from tiny_onn.training.excursion_tally import ExcursionTally
+from tiny_onn.training.excursions import Excursion, ExcursionSettings, make_excursions
+from tiny_onn.training.pretrain import Pretrain
+from tiny_onn.training.step_seed import step_seed
+
+
+class Eavi(Pretrain):
+    """Args:
+    model: already trained.
+    config: the run's; rank: number of this process.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, rank: int = 0) -> None:
+        super().__init__(model, config.optim, config.moe)
+        self.eavi = config.eavi
+        self._causal = config.model.mask == "causal"
+        self._nsa = config.nsa if config.model.attention == "nsa" else None
+        self._seed, self._rank = config.seed, rank
+        self._settings = ExcursionSettings(
+            feed=config.eavi.feed,
+            geometry=config.eavi.geometry,
+            temperature=config.eavi.temperature,
+            per_document=config.eavi.excursions_per_document,
+            max_tokens=config.data.max_tokens,
+        )
+        self._tally = ExcursionTally()
+        self._train: TrainBatch | None = None
+        self._excursion_M = self._twin_M = torch.empty(0)
+
+    def begin_step(self, batch: TrainBatch, share: float) -> TrainBatch:
+        """Excursions of a part of the batch's documents, and the super-batch of all of them."""
+        began = time.monotonic()
+        device = batch.rows_M.device
+        generator = torch.Generator(device)
+        # Not the stream that dropout draws from.
+        generator.manual_seed(step_seed(self._seed, batch.step, self._rank) ^ 0xE471)
+        documents = unpack(batch.batch)
+        chosen = self._choose(len(documents), share, batch.step)
+        excursions: list[list[Excursion]] = [[] for _ in documents]
+        passed = 0
+        if chosen:
+            precision = "bf16" if device.type == "cuda" else "fp32"
+            found = make_excursions(
+                self.model,
+                [documents[i] for i in chosen],
+                self._settings,
+                precision=precision,
+                generator=generator,
+            )
+            for i, own in zip(chosen, found, strict=True):
+                excursions[i] = own
+                passed += documents[i].prefix_len + sum(len(e.tokens) for e in own)
+        aligned = align(documents, excursions)
+        train = prepare(aligned.batch, batch.step, self._causal, rounding(device), self._nsa)
+        filler = len(train.rows_M) - len(aligned.rows_M)
+        self._excursion_M = F.pad(aligned.excursion_M, (0, filler)).to(device)
+        self._twin_M = F.pad(aligned.twin_M, (0, filler), value=IGNORE).to(device)
+        self._train = replace(train, num_outputs=batch.num_outputs, excursion_tokens=passed).to(
+            device
+        )
+        self._tally.excursions(documents, excursions, aligned, time.monotonic() - began)
+        return self._train
+
+    def _choose(self, num_documents: int, share: float, step: int) -> list[int]:
+        """Documents that take an excursion at this share of the budget, ascending."""
+        wanted = self.eavi.share_start + (self.eavi.share_end - self.eavi.share_start) * share
+        count = min(num_documents, round(wanted * num_documents))
+        generator = torch.Generator().manual_seed(step_seed(self._seed, step, self._rank) ^ 0xC403)
+        return sorted(torch.randperm(num_documents, generator=generator)[:count].tolist())
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """The alignment of what :meth:`begin_step` prepared from ``batch``."""
+        train = self._train
+        assert train is not None and train.step == batch.step, (batch.step, train)
+        output = self.model(train.batch, train.rows_M, train.num_targets)
+        terms = alignment_terms(output.logits_MV, train.targets_M, self._excursion_M, self._twin_M)
+        self._tally.terms(terms)
+        eavi, scale = self.eavi, self.trainer.world_size / self.global_targets
+        own = eavi.excursion_weight * terms.excursion + eavi.divergence_weight * terms.divergence
+        loss = eavi.truth_weight * terms.truth + own / eavi.excursions_per_document
+        self.language_loss = (terms.truth * scale).detach()
+        self._train = None
+        return self.with_sdl(loss * scale, output)
+
+    def take_metrics(self, channel: StepChannel) -> dict[str, float]:
+        return self._tally.take(channel)

@@ -1,0 +1,106 @@
+"""Weights to begin with, out of another run's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiny_onn.config.schema import Config
+from tiny_onn.errors import UserError
+from tiny_onn.model.checkpoint import load_model
+from tiny_onn.model.tiny_onn import TinyONN
+from tiny_onn.training.run_folder import flatten
+
+TASK_TABLES = ("embedding.task.weight", "deep_embed.tables.task.rows.weight")
+"""A row a task, of the tasks of the run."""
+
+TRAINING_ONLY = frozenset(
+    {
+        "model.dropout",
+        "model.deep_embed.store",
+        "model.deep_embed.dtype",
+        "moe.target_active",
+        "moe.sparsity_weight",
+        "moe.diversity_weight",
+    }
+)
+"""Settings that the weights' meaning does not depend on."""
+
+
+def begin_with(model: TinyONN, config: Config, task_ids: Sequence[str]) -> dict[str, Any]:
+    """Load the weights of ``config.init_from`` into ``model``; returns that run's provenance.
+
+    Rows of tasks go by task id; a task that the checkpoint does not know keeps its fresh row.
+
+    Raises:
+        UserError: no checkpoint, one never trained, of another vocabulary or architecture, or one
+            that knows none of the tasks.
+    """
+    assert config.init_from is not None
+    loaded = load_model(config.init_from)
+    if not loaded.provenance.get("trained") or not loaded.provenance.get("steps"):
+        raise UserError(
+            f"got init_from={config.init_from}, whose checkpoint was never trained; expected a "
+            "trained one; run python train.py stage=pretrain first"
+        )
+    _require_same_network(config, loaded.config)
+    known = {task_id: row for row, task_id in enumerate(loaded.task_ids)}
+    rows = [known.get(task_id, -1) for task_id in task_ids]
+    if max(rows) < 0:
+        raise UserError(
+            f"got init_from={config.init_from}, which knows none of this run's {len(task_ids)} "
+            "tasks; expected one trained on them; give the same data.* settings"
+        )
+    state, own = loaded.model.state_dict(), model.state_dict()
+    for name in TASK_TABLES:
+        if name in own:
+            state[name] = _rows_by_task(own[name], state[name], rows)
+    model.load_state_dict(state)
+    return loaded.provenance | {"new_tasks": rows.count(-1)}
+
+
+def _rows_by_task(own: Tensor, theirs: Tensor, rows: Sequence[int]) -> Tensor:
+    row_T = torch.tensor(rows)
+    table = own.clone()
+    table[: len(rows)][row_T >= 0] = theirs[row_T[row_T >= 0]]
+    return table
+
+
+def _require_same_network(config: Config, theirs: Config) -> None:
+    """Raises UserError at the first setting of the network that differs."""
+    here, there = _network(config), _network(theirs)
+    differing = [key for key in here if key not in TRAINING_ONLY and here[key] != there.get(key)]
+    if differing:
+        name = differing[0]
+        more = f" (and {len(differing) - 1} more differ)" if len(differing) > 1 else ""
+        remedy = f"give {name}={_written(there.get(name))}"
+        if theirs.network != config.network:
+            remedy = f"give network={theirs.network}"
+        elif theirs.preset != config.preset:
+            remedy = f"give preset={theirs.preset}"
+        raise UserError(
+            f"got init_from={config.init_from}, of another network: {name}="
+            f"{_written(there.get(name))}; expected {_written(here[name])}{more}; "
+            f"{remedy}, or choose another run"
+        )
+
+
+def _network(config: Config) -> dict[str, Any]:
+    """Flat settings of the network, those of its parts only where they are read."""
+    flat = flatten({"model": asdict(config.model)})
+    if not config.model.deep_embed.keys:
+        flat = {k: v for k, v in flat.items() if not k.startswith("model.deep_embed.")}
+        flat["model.deep_embed.keys"] = []
+    if config.model.attention == "nsa":
+        flat |= flatten({"nsa": asdict(config.nsa)})
+    if config.model.ffn == "dynmoe":
+        flat |= flatten({"moe": asdict(config.moe)})
+    return flat
+
+
+def _written(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
