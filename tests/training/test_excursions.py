@@ -235,3 +235,48 @@ def test_unpack_is_the_inverse_of_pack():
         assert np.array_equal(got.tokens, want.tokens)
         assert np.array_equal(got.positions, want.positions)
         assert (got.prefix_len, got.task, got.view) == (want.prefix_len, want.task, want.view)
+
+
+def test_single_draws_replace_a_share_of_the_true_colours_and_nothing_else():
+    model, docs = tiny_model(**SPARSE), [*documents(), long_query()]
+    for share in (0.0, 0.5, 1.0):
+        given = settings(feed="single", single_share=share, per_document=40)
+        found = make_excursions(model, docs, given, generator=random_numbers())
+        changed = colours = 0
+        for doc, own in zip(docs, found, strict=True):
+            output, positions = doc.tokens[doc.prefix_len :], doc.positions[doc.prefix_len :]
+            for excursion in own:
+                assert np.array_equal(excursion.places[:-1], positions[:-1, :2])
+                assert excursion.places[-1].tolist() == [0, int((output == NEWLINE).sum())]
+                differ = excursion.tokens != output[:-1]
+                assert not (differ & (output[:-1] == NEWLINE)).any()
+                changed, colours = changed + differ.sum(), colours + (output[:-1] < 10).sum()
+        drawn_right = expected_right(model, docs)
+        assert changed / colours == pytest.approx(share * (1 - drawn_right), abs=0.03)
+
+
+def expected_right(model, docs):
+    """Mean probability, among colours, of the true one after true tokens."""
+    batch = pack(docs)
+    kept = (batch.targets_N >= 0) & (batch.targets_N < NUM_COLORS)
+    q = model(batch).logits_MV[kept][:, :NUM_COLORS].softmax(-1)
+    return float(q.gather(1, batch.targets_N[kept, None]).mean().detach())
+
+
+def test_what_is_begun_with_is_fed_first():
+    model, docs = tiny_model(), documents()[1:]
+    begun = [np.array([9]), np.array([1, 2, 3]), np.array([5, 5, 5, NEWLINE, 5])]
+    for feed in FEEDS:
+        found = make_excursions(
+            model, docs, settings(feed=feed), generator=random_numbers(), begin_with=begun
+        )
+        for (own,), first in zip(found, begun, strict=True):
+            assert own.tokens[: len(first)].tolist() == first.tolist()
+            if feed == "soft":
+                rows = own.probs[: len(first)]
+                one_hot = np.zeros_like(rows)
+                colors = first < NUM_COLORS
+                one_hot[np.flatnonzero(colors), first[colors]] = 1
+                assert np.array_equal(rows, one_hot)
+    plain = make_excursions(model, docs, settings(feed="greedy"))
+    assert found[0][0].tokens.tolist() != plain[0][0].tokens.tolist()

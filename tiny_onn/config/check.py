@@ -127,11 +127,17 @@ def check_eavi(config: Config) -> None:
             "got stage=eavi without init_from; expected the run folder of a trained model, whose "
             "own outputs this stage learns from; give init_from=runs/x"
         )
-    if eavi.excursions_per_document > 1 and (eavi.feed != "sample" or not eavi.temperature):
+    drawn = eavi.feed in ("sample", "single") and eavi.temperature > 0
+    if eavi.excursions_per_document > 1 and not drawn:
         raise UserError(
             f"got eavi.excursions_per_document={eavi.excursions_per_document} with eavi.feed="
             f"{eavi.feed} and eavi.temperature={eavi.temperature}, which are all the same; "
             "expected one; give eavi.feed=sample for different ones"
+        )
+    if eavi.feed == "single" and eavi.geometry == "free":
+        raise UserError(
+            "got eavi.feed=single with eavi.geometry=free; expected the true geometry, for its "
+            "tokens are the truth's but some; give eavi.geometry=truth"
         )
     if not eavi.excursion_weight and not eavi.truth_weight and not eavi.divergence_weight:
         raise UserError(

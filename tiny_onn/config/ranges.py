@@ -73,6 +73,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "optim.final_lr_share": _SHARE,
     "optim.clip_norm": _AT_LEAST_0,
     "optim.ema_decay": _BELOW_1,
+    "eavi.single_share": _SHARE,
     "eavi.temperature": _AT_LEAST_0,
     "eavi.excursions_per_document": _AT_LEAST_1,
     "eavi.share_start": _SHARE,
@@ -96,6 +97,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "examples": _AT_LEAST_1,
     "predict.views": _AT_LEAST_1,
     "predict.minutes": _ABOVE_0,
+    "predict.score_views": _AT_LEAST_1,
     "predict.batch_tokens": _AT_LEAST_1,
 }
 

@@ -154,9 +154,10 @@ class OptimConfig:
 class EaviConfig:
     """EAVI: read where stage=eavi."""
 
-    feed: Literal["soft", "sample", "greedy"] = key(
-        "soft", "what the model feeds itself: its distribution, a draw from it, or its likeliest"
+    feed: Literal["soft", "sample", "greedy", "single"] = key(
+        "soft", "what is fed: q itself, a draw, its likeliest; single: true tokens, some drawn"
     )
+    single_share: float = key(0.25, "feed=single: share of the true colours that are replaced")
     geometry: Literal["truth", "free"] = key(
         "truth", "truth: rows and end of the true grid, own colours; free: its own rows and end"
     )
@@ -215,9 +216,10 @@ class PredictConfig:
     grammar: bool = key(True, "only legal rows, at most 30 a side")
     size_rule: bool = key(True, "fix the output size by the rule the demonstrations show")
     drop_input_copies: bool = key(True, "an output equal to its input is no candidate")
-    vote: Literal["count", "count_then_likelihood", "sum_prob"] = key(
-        "count_then_likelihood", "how candidates are ranked"
+    vote: Literal["count", "count_then_likelihood", "sum_prob", "aug_score"] = key(
+        "count_then_likelihood", "how candidates are ranked; aug_score: by likelihood in all views"
     )
+    score_views: int = key(8, "vote=aug_score: views that every candidate is read in")
     batch_tokens: int = key(49152, "cache tokens of a decoding batch")
 
 

@@ -9,7 +9,7 @@ Shapes: N packed tokens, M rows with a target, B documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -123,11 +123,16 @@ def teacher_forced(
     documents: Sequence[Document],
     batch_tokens: int = BATCH_TOKENS,
     precision: Precision = "fp32",
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per document: summed NLL (float64), output tokens and correct ones (int64)."""
+    """Per document: summed NLL (float64), output tokens and correct ones (int64).
+
+    ``report`` is told after every batch how many documents of all are done.
+    """
     nll = np.zeros(len(documents))
     num_tokens = np.zeros(len(documents), dtype=np.int64)
     correct = np.zeros(len(documents), dtype=np.int64)
+    done = 0
     for indices in _batches(documents, batch_tokens):
         with excursion(model) as device, autocast(device, precision):
             batch = pack([documents[i] for i in indices]).to(device)
@@ -141,6 +146,8 @@ def teacher_forced(
         np.add.at(nll, owner, nll_M.cpu().numpy())
         np.add.at(num_tokens, owner, 1)
         np.add.at(correct, owner, hit_M.cpu().numpy().astype(np.int64))
+        done += len(indices)
+        report(done, len(documents))
     return nll, num_tokens, correct
 
 

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from tiny_onn.arc.tokens import MAX_DOCUMENT, Document
 from tiny_onn.arc.view import View, invert, sample_views
 from tiny_onn.config.schema import PredictConfig
 from tiny_onn.errors import UserError
+from tiny_onn.inference.aug_score import with_scores
 from tiny_onn.inference.excursion import Precision
 from tiny_onn.inference.generate import Decoder, Generation, generate_batches
 from tiny_onn.inference.prompt import Context, encode_query
@@ -33,6 +34,9 @@ MAX_TIMED_VIEWS = 512
 
 RESERVE = 0.02
 """Share of the minutes left unused, for the work around decoding."""
+
+SCORE_SHARE = 0.3
+"""Share of the minutes kept for reading candidates anew (vote=aug_score)."""
 
 ROUND_GROWTH = 4
 """A timed round has at most this many times the views of all rounds before it."""
@@ -61,6 +65,7 @@ class PredictStats:
     num_prompts: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
+    score_seconds: float = 0.0
     sized_outputs: int = 0
     input_copies: int = 0
     unknown_tasks: int = 0
@@ -151,7 +156,8 @@ def predict_tasks(
         model, tasks, task_rows, predict, seed, context, max_tokens, precision, clock, report
     )
     run.all_rounds()
-    return run.prediction()
+    prediction = run.prediction()
+    return run.scored(prediction) if predict.vote == "aug_score" else prediction
 
 
 def task_views(task: Task, count: int, seed: int) -> list[View]:
@@ -180,7 +186,8 @@ class _Run:
         self.context, self.max_tokens, self.precision = context, max_tokens, precision
         self.clock, self.report = clock, report
         self.began = clock()
-        self.limit = None if predict.minutes is None else predict.minutes * 60 * (1 - RESERVE)
+        reserve = RESERVE + SCORE_SHARE * (predict.vote == "aug_score")
+        self.limit = None if predict.minutes is None else predict.minutes * 60 * (1 - reserve)
         self.rows = [task_rows.get(task.id, -1) for task in tasks]
         self.most_views = MAX_TIMED_VIEWS if predict.views is None else predict.views
         self.views = [task_views(task, self.most_views, seed) for task in tasks]
@@ -309,6 +316,24 @@ class _Run:
         }
         sizes = {task.id: self.sizes[t] for t, task in enumerate(self.tasks)}
         return Prediction(candidates, sizes, num_views, self.stats)
+
+    def scored(self, prediction: Prediction) -> Prediction:
+        """The candidates with AugScore's reading of them."""
+        began = self.seconds()
+        candidates = with_scores(
+            self.model,
+            self.tasks,
+            prediction.candidates,
+            [views[: self.predict.score_views] for views in self.views],
+            self.rows,
+            context=self.context,
+            max_tokens=self.max_tokens,
+            precision=self.precision,
+            report=lambda done, total: self._report(done, total, self.seconds() - began),
+        )
+        self.stats.score_seconds = self.seconds() - began
+        self.stats.seconds = self.seconds()
+        return replace(prediction, candidates=candidates)
 
 
 def collect(outputs: Sequence[tuple[int, Grid, float]]) -> list[Candidate]:

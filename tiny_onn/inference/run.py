@@ -263,6 +263,7 @@ def _candidate_record(candidate: Candidate) -> dict[str, Any]:
         "logprob_sum": round(candidate.logprob_sum, 4),
         "logprob_mean": round(candidate.logprob_mean, 4),
         "logprob_max": round(candidate.logprob_max, 4),
+        "score": None if candidate.score is None else round(candidate.score, 4),
         "views": list(candidate.views),
         "logprobs": [round(logprob, 4) for logprob in candidate.logprobs],
     }

@@ -14,7 +14,7 @@ import numpy as np
 
 from tiny_onn.arc.task import Grid
 
-VoteRule = Literal["count", "count_then_likelihood", "sum_prob"]
+VoteRule = Literal["count", "count_then_likelihood", "sum_prob", "aug_score"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,14 @@ class Candidate:
     """A grid some views agree on, in the task's own orientation and colours.
 
     logprobs: summed log-probability in nats of the tokens, one for each view that voted for it;
-    views: the numbers of those views, ascending, in the same order.
+    views: the numbers of those views, ascending, in the same order; score: summed log-likelihood
+    over the views that all candidates were read in, None where it was not read (aug_score.py).
     """
 
     grid: Grid
     logprobs: tuple[float, ...]
     views: tuple[int, ...]
+    score: float | None = None
 
     @property
     def count(self) -> int:
@@ -55,7 +57,8 @@ def rank(candidates: Sequence[Candidate], rule: VoteRule) -> list[Candidate]:
     """All candidates, best first.
 
     count: number of views; count_then_likelihood: ties in it broken by the mean
-    log-likelihood; sum_prob: summed probability over the views.
+    log-likelihood; sum_prob: summed probability over the views; aug_score: ``score``, those
+    without one last, as count_then_likelihood ranks them.
     """
 
     def key(candidate: Candidate) -> tuple:
@@ -66,6 +69,10 @@ def rank(candidates: Sequence[Candidate], rule: VoteRule) -> list[Candidate]:
             return -candidate.count, -candidate.logprob_mean, *last
         if rule == "sum_prob":
             return -candidate.log_sum_prob, *last
+        if rule == "aug_score":
+            unread = candidate.score is None
+            score = 0.0 if unread else -candidate.score
+            return unread, score, -candidate.count, -candidate.logprob_mean, *last
         raise AssertionError(f"unknown vote rule {rule!r}")
 
     return sorted(candidates, key=key)

@@ -57,6 +57,7 @@ class Eavi(Pretrain):
             temperature=config.eavi.temperature,
             per_document=config.eavi.excursions_per_document,
             max_tokens=config.data.max_tokens,
+            single_share=config.eavi.single_share,
         )
         self._tally = ExcursionTally()
         self._train: TrainBatch | None = None

@@ -6,6 +6,9 @@ distribution q over the legal tokens; what is fed back for it is
     soft     q itself, as the mean of the token vectors under q
     sample   one token drawn from q
     greedy   the likeliest token
+    single   not its own output at all: true tokens, some of them replaced by a draw from what the
+             model says after the true ones (scheduled sampling in parallel, arXiv 1906.04331),
+             the control that EAVI is compared with
 
 Only colours are ever mixed: where q's choice (its likeliest token, or the drawn one) is NEWLINE or
 END, that token is fed, for it decides where the next one stands. ``geometry=truth`` takes NEWLINEs
@@ -29,11 +32,11 @@ from torch import Tensor
 
 from tiny_onn.arc.packing import Batch, SoftTokens, pack
 from tiny_onn.arc.task import NUM_COLORS
-from tiny_onn.arc.tokens import END, MAX_DOCUMENT, NEWLINE, VOCAB, Document
+from tiny_onn.arc.tokens import END, IGNORE, MAX_DOCUMENT, NEWLINE, VOCAB, Document
 from tiny_onn.inference.excursion import Precision, autocast, excursion
 from tiny_onn.inference.grammar import OutputState
 
-Feed = Literal["soft", "sample", "greedy"]
+Feed = Literal["soft", "sample", "greedy", "single"]
 Geometry = Literal["truth", "free"]
 
 LEAVE_SHARE = 0.25
@@ -83,13 +86,15 @@ class Excursion:
 @dataclass(frozen=True)
 class ExcursionSettings:
     """How excursions are made. temperature: of q, at 0 every feed is greedy; per_document: how
-    many of each document; max_tokens: of prompt and output, where a free one is cut."""
+    many of each document; max_tokens: of prompt and output, where a free one is cut;
+    single_share: of the colours that feed=single replaces."""
 
     feed: Feed = "soft"
     geometry: Geometry = "truth"
     temperature: float = 1.0
     per_document: int = 1
     max_tokens: int = MAX_DOCUMENT
+    single_share: float = 0.25
 
 
 def make_excursions(
@@ -99,6 +104,7 @@ def make_excursions(
     *,
     precision: Precision = "fp32",
     generator: torch.Generator | None = None,
+    begin_with: Sequence[np.ndarray] | None = None,
 ) -> list[list[Excursion]]:
     """Excursions of every complete document, in the order given.
 
@@ -107,9 +113,14 @@ def make_excursions(
 
     Args:
         generator: of drawn tokens (feed=sample), on the model's device.
+        begin_with: for every document, output tokens to feed before the model's own (with the
+            true geometry only).
     """
+    if settings.feed == "single":
+        with excursion(model) as device, autocast(device, precision):
+            return _replaced(model, documents, settings, generator, device)
     with excursion(model) as device, autocast(device, precision):
-        batch = _Excursions(model, documents, settings, generator, device)
+        batch = _Excursions(model, documents, settings, generator, device, begin_with)
         batch.run()
         return batch.collect()
 
@@ -120,28 +131,69 @@ def prompt_of(document: Document) -> Document:
     return replace(document, tokens=document.tokens[:length], positions=document.positions[:length])
 
 
-class _TruePath:
-    """NEWLINEs and the end are the true grid's; colours are free."""
+def _replaced(
+    model: Any,
+    documents: Sequence[Document],
+    settings: ExcursionSettings,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> list[list[Excursion]]:
+    """feed=single: one parallel forward over the truth gives every draw."""
+    batch = pack(documents).to(device)
+    rows_M = torch.nonzero(batch.targets_N != IGNORE).squeeze(1)
+    logits_MV = model(batch, rows_M).logits_MV[:, :NUM_COLORS]
+    targets_M = batch.targets_N[rows_M]
+    found: list[list[Excursion]] = [[] for _ in documents]
+    for _ in range(settings.per_document):
+        if settings.temperature > 0:
+            q_MV = (logits_MV / settings.temperature).softmax(dim=-1)
+            drawn_M = torch.multinomial(q_MV, 1, generator=generator).squeeze(1)
+        else:
+            drawn_M = logits_MV.argmax(dim=-1)
+        chance_M = torch.rand(len(rows_M), generator=generator, device=device)
+        replaced_M = (chance_M < settings.single_share) & (targets_M < NUM_COLORS)
+        tokens_M = torch.where(replaced_M, drawn_M, targets_M).cpu().numpy()
+        begin = 0
+        for i in batch.order:
+            document = documents[i]
+            length = len(document.tokens) - document.prefix_len
+            output = document.positions[document.prefix_len :, :2].copy()
+            output[-1] = 0, output[-2, 1] + 1
+            found[i].append(Excursion(tokens_M[begin : begin + length - 1], None, output, True))
+            begin += length
+    return found
 
-    def __init__(self, written: Sequence[Document], device: torch.device) -> None:
+
+class _TruePath:
+    """NEWLINEs and the end are the true grid's; colours are free, but for those begun with."""
+
+    def __init__(
+        self, written: Sequence[Document], begun: Sequence[np.ndarray], device: torch.device
+    ) -> None:
         longest = max(len(d.tokens) - d.prefix_len for d in written)
         tokens_BT = np.full((len(written), longest), END)
         places_BT2 = np.zeros((len(written), longest, 2), dtype=np.int64)
+        begun_B = np.zeros(len(written), dtype=np.int64)
         for row, document in enumerate(written):
             output = document.tokens[document.prefix_len :]
             tokens_BT[row, : len(output)] = output
             places_BT2[row, : len(output)] = document.positions[document.prefix_len :, :2]
             # A token chosen instead of END would begin another row.
             places_BT2[row, len(output) - 1] = 0, np.count_nonzero(output == NEWLINE)
+        for row, tokens in enumerate(begun):
+            tokens_BT[row, : len(tokens)] = tokens
+            begun_B[row] = len(tokens)
         self.tokens_BT = torch.from_numpy(tokens_BT).to(device)
         self.places_BT2 = torch.from_numpy(places_BT2).to(device)
+        self.begun_B = torch.from_numpy(begun_B).to(device)
         self.step = 0
 
     def legal(self) -> Tensor:
         """bool (B, V): all colours where the truth is one, else the true token."""
         token_B = self.tokens_BT[:, self.step]
         legal_BV = F.one_hot(token_B, VOCAB).bool()
-        legal_BV[:, :NUM_COLORS] |= (token_B < NUM_COLORS)[:, None]
+        free_B = (token_B < NUM_COLORS) & (self.begun_B <= self.step)
+        legal_BV[:, :NUM_COLORS] |= free_B[:, None]
         return legal_BV
 
     def places(self) -> Tensor:
@@ -152,7 +204,8 @@ class _TruePath:
         self.step += 1
 
     def keep(self, index_B: Tensor) -> None:
-        self.tokens_BT, self.places_BT2 = self.tokens_BT[index_B], self.places_BT2[index_B]
+        for name in ("tokens_BT", "places_BT2", "begun_B"):
+            setattr(self, name, getattr(self, name)[index_B])
 
 
 class _FreePath:
@@ -185,6 +238,7 @@ class _Excursions:
         settings: ExcursionSettings,
         generator: torch.Generator | None,
         device: torch.device,
+        begin_with: Sequence[np.ndarray] | None,
     ) -> None:
         self.model, self.device, self.generator = model, device, generator
         self.settings, self.num_documents = settings, len(documents)
@@ -194,9 +248,11 @@ class _Excursions:
         written = [documents[i] for i in self.order]
         # Tokens that may be fed; the last choice of an excursion never is.
         if settings.geometry == "truth":
-            self.path: _TruePath | _FreePath = _TruePath(written, device)
+            begun = [] if begin_with is None else [begin_with[i] for i in self.order]
+            self.path: _TruePath | _FreePath = _TruePath(written, begun, device)
             self.limits = [len(d.tokens) - d.prefix_len - 1 for d in written]
         else:
+            assert begin_with is None, "what is begun with stands in the true geometry"
             self.path = _FreePath(written, device)
             self.limits = [max(0, settings.max_tokens - d.prefix_len - 1) for d in written]
         self._prefill(prompts)

@@ -1,0 +1,109 @@
+"""Exposure: perfect, broken and real models, against a count by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from tiny_onn.arc.packing import pack
+from tiny_onn.arc.task import NUM_COLORS, Pair
+from tiny_onn.arc.tokens import encode_pair
+from tiny_onn.config.schema import ModelConfig
+from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.training.exposure import _with_error, measure_exposure
+
+
+def documents(count=12, seed=0):
+    """Outputs of 1 to 9 cells; equal for equal inputs."""
+    rng = np.random.default_rng(seed)
+    docs = []
+    for n in range(count):
+        grid = rng.integers(0, 10, (1 + n % 3, 1 + n % 2)).astype(np.uint8)
+        docs.append(encode_pair(Pair(grid, grid[::-1]), task=0))
+    return docs
+
+
+def trained(docs, steps, seed=0):
+    torch.manual_seed(seed)
+    config = ModelConfig(width=48, layers=2, heads=2, kv_heads=2, head_width=16, ffn_width=96)
+    model = build_model(config, 1)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    batch = pack(docs)
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(
+            model(batch).logits_MV, batch.targets_N, ignore_index=-1
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def test_a_model_that_knows_the_documents_by_heart_has_no_gap():
+    docs = documents()
+    found = measure_exposure(trained(docs, 150), docs)
+    assert found.exact_forced == found.exact_free == 1 and found.gap == 0
+    assert found.nll_own == pytest.approx(found.nll_forced) and found.nll_forced < 0.1
+    assert found.num_outputs == 12 and found.num_injected == 10  # two outputs have one cell
+
+
+def test_an_untrained_model_by_hand():
+    docs = documents()
+    model = trained(docs, 6)
+    found = measure_exposure(model, docs, seed=4)
+    forced = free = 0
+    nll_forced = nll_own = tokens = 0.0
+    for doc in docs:
+        first, output = doc.prefix_len, doc.tokens[doc.prefix_len :]
+        logits = model(pack([doc])).logits_MV[first - 1 :].double()
+        color = output < NUM_COLORS
+        forced += bool((logits.argmax(-1).numpy() == output)[color].all())
+        nll_forced += nll(logits, output)
+        own = doc.tokens.copy()
+        for at in range(first, len(doc.tokens) - 1):  # greedy, colours only, without a cache
+            if doc.tokens[at] < NUM_COLORS:
+                own[at] = int(logits_of(model, doc, own)[at - 1, :NUM_COLORS].argmax())
+        free += bool((own == doc.tokens)[first:][color].all())
+        nll_own += nll(logits_of(model, doc, own)[first - 1 :], output)
+        tokens += len(output)
+    assert found.exact_forced == forced / 12 and found.exact_free == free / 12
+    assert found.nll_forced == pytest.approx(nll_forced / tokens, rel=1e-4)
+    assert found.nll_own == pytest.approx(nll_own / tokens, rel=1e-4)
+
+
+def logits_of(model, doc, tokens):
+    from dataclasses import replace
+
+    with torch.no_grad():
+        return model(pack([replace(doc, tokens=tokens)])).logits_MV.double()
+
+
+def nll(logits, output):
+    return float(-logits.log_softmax(-1)[range(len(output)), output.tolist()].sum().detach())
+
+
+def test_errors_are_wrong_colours_of_the_first_half_and_the_same_for_every_model():
+    docs = documents(60)
+    a, b = (
+        [_with_error(d, rng) for d in docs]
+        for rng in (np.random.default_rng(1), np.random.default_rng(1))
+    )
+    for doc, begun, again in zip(docs, a, b, strict=True):
+        output = doc.tokens[doc.prefix_len : -1]
+        cells = np.flatnonzero(output < NUM_COLORS)
+        if len(cells) < 2:
+            assert begun is None
+            continue
+        assert np.array_equal(begun, again)
+        at = len(begun) - 1
+        assert begun[at] != output[at] and 0 <= begun[at] < NUM_COLORS
+        assert np.array_equal(begun[:at], output[:at])
+        assert at in cells[: max(1, len(cells) // 2)]
+
+
+def test_recovery_counts_what_follows_the_error():
+    """A model that copies its input whatever came before recovers always; one that repeats the
+    cell before it never does."""
+    docs = documents(24)
+    by_heart = measure_exposure(trained(docs, 200), docs)
+    assert 0 <= by_heart.recovery <= by_heart.recovery_cells <= 1
+    assert measure_exposure(trained(docs, 0), docs).recovery < 0.5
