@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from tiny_onn.arc.packing import unpack
 from tiny_onn.config.schema import Config
-from tiny_onn.losses.alignment import alignment_terms
+from tiny_onn.losses.alignment import AlignmentTerms, alignment_terms
 from tiny_onn.losses.language import IGNORE
+from tiny_onn.model.tiny_onn import ModelOutput
 from tiny_onn.training.alignment_batch import align
 from tiny_onn.training.datamodule import TrainBatch, prepare, rounding
 from tiny_onn.training.distributed import StepChannel
@@ -106,17 +107,25 @@ class Eavi(Pretrain):
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The alignment of what :meth:`begin_step` prepared from ``batch``."""
-        train = self._train
-        assert train is not None and train.step == batch.step, (batch.step, train)
+        assert self._train is not None and self._train.step == batch.step, batch.step
+        scale = self.trainer.world_size / self.global_targets
+        terms, output = self.align(self._train)
+        self._train = None
+        self.language_loss = (terms.truth * scale).detach()
+        return self.with_sdl(self.weighted(terms) * scale, output)
+
+    def align(self, train: TrainBatch) -> tuple[AlignmentTerms, ModelOutput]:
+        """One forward over the super-batch of the last :meth:`begin_step`."""
         output = self.model(train.batch, train.rows_M, train.num_targets)
         terms = alignment_terms(output.logits_MV, train.targets_M, self._excursion_M, self._twin_M)
         self._tally.terms(terms)
-        eavi, scale = self.eavi, self.trainer.world_size / self.global_targets
+        return terms, output
+
+    def weighted(self, terms: AlignmentTerms) -> Tensor:
+        """The loss, summed over the rows."""
+        eavi = self.eavi
         own = eavi.excursion_weight * terms.excursion + eavi.divergence_weight * terms.divergence
-        loss = eavi.truth_weight * terms.truth + own / eavi.excursions_per_document
-        self.language_loss = (terms.truth * scale).detach()
-        self._train = None
-        return self.with_sdl(loss * scale, output)
+        return eavi.truth_weight * terms.truth + own / eavi.excursions_per_document
 
     def take_metrics(self, channel: StepChannel) -> dict[str, float]:
         return self._tally.take(channel)
