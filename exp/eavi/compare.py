@@ -75,7 +75,7 @@ def command(*words: str) -> None:
 
 def train(arm: str, seed: int, args: argparse.Namespace) -> Path:
     """Train the arm (its beginning too, if that is missing); its run folder."""
-    run = folder(arm, args.name, seed)
+    run = folder(arm, args.base if arm == "pretrained" else args.name, seed)
     common = (
         "preset=nano",
         f"network={args.network}",
@@ -225,7 +225,8 @@ def main() -> int:
             "give --tag NAME"
         )
     tag = f"_{args.tag}" if args.tag else ""
-    args.name = f"{args.network}_{args.minutes:g}min_{args.threads}t{tag}"
+    args.base = f"{args.network}_{args.minutes:g}min_{args.threads}t"
+    args.name = args.base + tag
     RESULTS.mkdir(exist_ok=True)
     for seed in (int(s) for s in args.seeds.split(",")):
         for arm in arms:
