@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -29,21 +30,31 @@ SPARSE = {
 }
 
 
-@pytest.fixture
-def pretrained(tiny, tmp_path):
-    """A run of a few steps, by settings; -> (its configuration, one of stage eavi from it)."""
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Runs that stage eavi begins with, by their settings: trained once."""
+    return tmp_path_factory.mktemp("pretrained"), {}
 
-    def make(steps=6, eavi=None, budget=None, trainer=None, **settings):
-        first = replace(tiny(budget={"steps": steps}, **settings), out=str(tmp_path / "pretrained"))
-        assert run_training(first) == 0
+
+@pytest.fixture
+def pretrained(tiny, tmp_path, finished):
+    """A run of a few steps, by settings; -> (its configuration, one of stage eavi from it)."""
+    folder, runs = finished
+
+    def make(steps=6, eavi=None, budget=None, **settings):
+        name = f"{steps} {settings}"
+        if name not in runs:
+            first = tiny(budget={"steps": steps}, **settings)
+            runs[name] = replace(first, out=str(folder / str(len(runs))))
+            assert run_training(runs[name]) == 0
         second = replace(
-            tiny(budget=budget or {"steps": 6}, trainer=trainer, **settings),
+            tiny(budget=budget or {"steps": 6}, **settings),
             stage="eavi",
-            init_from=first.out,
+            init_from=runs[name].out,
             eavi=EaviConfig(**(eavi or {})),
             out=str(tmp_path / "eavi"),
         )
-        return first, second
+        return runs[name], second
 
     return make
 
@@ -198,12 +209,14 @@ def test_another_network_is_named_in_one_line(pretrained, changes, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_of_another_vocabulary_is_refused(pretrained):
+def test_a_checkpoint_of_another_vocabulary_is_refused(pretrained, tmp_path):
     first, second = pretrained(steps=1)
-    saved = Path(first.out) / "checkpoint" / "config.yaml"
+    other = tmp_path / "other"
+    shutil.copytree(Path(first.out) / "checkpoint", other)
+    saved = other / "config.yaml"
     saved.write_text(saved.read_text().replace("vocab_size: 14", "vocab_size: 15"))
     with pytest.raises(UserError, match="config.yaml'.*vocab_size=15; expected 14") as caught:
-        run_training(second)
+        run_training(replace(second, init_from=str(other)))
     assert "\n" not in str(caught.value)
 
 
