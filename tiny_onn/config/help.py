@@ -14,6 +14,7 @@ WIDTH = 100
 TRAIN_EXAMPLES = """\
 examples:
   python train.py stage=pretrain preset=nano out=runs/demo
+  python train.py stage=eavi init_from=runs/demo out=runs/demo-eavi budget.minutes=3
   python train.py preset=small data.sources=[arc1,my_tasks.json] budget.minutes=45 seed=1
   python train.py preset=nano budget.epochs=20 data.holdout=train_tests model.width=192
   torchrun --nproc-per-node=8 train.py preset=base trainer.devices=8 data.batch_tokens=196608
