@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 
 from tiny_onn.arc.corpus import build_corpus
-from tiny_onn.arc.task import Grid
 from tiny_onn.config.schema import PredictConfig
 from tiny_onn.errors import UserError, run_cli
 from tiny_onn.files import atomic_write_text
 from tiny_onn.inference.predict import predict_tasks
-from tiny_onn.inference.vote import Candidate, VoteRule, vote
+from tiny_onn.inference.vote import VoteRule, vote
 from tiny_onn.model.checkpoint import load_model
 from tiny_onn.training.provenance import code_version
 
@@ -45,10 +43,7 @@ def compare(run: str, args: argparse.Namespace) -> dict[str, Any]:
             f"got run '{run}' with data.holdout={loaded.config.data.holdout}; expected one trained "
             "with data.holdout=train_tests; train it so"
         )
-    truths: dict[str, dict[bytes, Grid]] = defaultdict(dict)
-    for example in corpus.holdout:
-        truths[corpus.tasks[example.task].id][_key(example.pair.input)] = example.pair.output
-    tasks = [task for task in corpus.tasks if task.id in truths]
+    tasks, answers = corpus.holdout_tasks(), corpus.holdout_answers()
     rows = {task_id: row for row, task_id in enumerate(loaded.task_ids)}
     predict = PredictConfig(views=args.views, vote="aug_score", score_views=args.score_views)
     prediction = predict_tasks(
@@ -65,11 +60,11 @@ def compare(run: str, args: argparse.Namespace) -> dict[str, Any]:
         shares: dict[int, list[float]] = {1: [], 2: []}
         for task in tasks:
             for k, means in shares.items():
+                tests = prediction.candidates[task.id]
                 means.append(
                     fmean(
-                        _solved(prediction.candidates[task.id][test], rule, k, truth)
-                        for test, grid in enumerate(task.test_inputs)
-                        if (truth := truths[task.id].get(_key(grid))) is not None
+                        any(np.array_equal(grid, answer) for grid in vote(own, k, rule))
+                        for own, answer in zip(tests, answers[task.id], strict=True)
                     )
                 )
         found[rule] = {f"pass{k}": fmean(means) for k, means in shares.items()}
@@ -81,19 +76,11 @@ def compare(run: str, args: argparse.Namespace) -> dict[str, Any]:
         "views": args.views,
         "score_views": args.score_views,
         "tasks": len(tasks),
-        "outputs": sum(len(own) for own in truths.values()),
+        "outputs": sum(len(own) for own in answers.values()),
         "seconds": round(stats.seconds, 1),
         "score_seconds": round(stats.score_seconds, 1),
         "rules": found,
     }
-
-
-def _key(grid: Grid) -> bytes:
-    return bytes(grid.shape) + grid.tobytes()
-
-
-def _solved(candidates: list[Candidate], rule: VoteRule, k: int, truth: Grid) -> bool:
-    return any(np.array_equal(grid, truth) for grid in vote(candidates, k, rule))
 
 
 def main() -> int:
