@@ -57,6 +57,11 @@ def folder(arm: str, name: str, seed: int) -> Path:
     return Path("runs") / "eavi" / f"{arm}_{name}_seed{seed}"
 
 
+def run_folder(arm: str, seed: int, args: argparse.Namespace) -> Path:
+    """All tags begin with the same pretrained models."""
+    return folder(arm, args.base if arm == "pretrained" else args.name, seed)
+
+
 def result_path(arm: str, name: str, seed: int) -> Path:
     return RESULTS / f"eavi_{arm}_{name}_seed{seed}.json"
 
@@ -68,14 +73,16 @@ def command(*words: str) -> None:
         SystemExit: with its status, if that is not 0.
     """
     print("$ python", *words, flush=True)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    )
     if done.returncode:
         raise SystemExit(done.returncode)
 
 
 def train(arm: str, seed: int, args: argparse.Namespace) -> Path:
     """Train the arm (its beginning too, if that is missing); its run folder."""
-    run = folder(arm, args.base if arm == "pretrained" else args.name, seed)
+    run = run_folder(arm, seed, args)
     common = (
         "preset=nano",
         f"network={args.network}",
@@ -238,8 +245,7 @@ def main() -> int:
                 print(f"written: {path.relative_to(ROOT)}", flush=True)
             found = json.loads(path.read_text())
             if args.submit and "evaluation" not in found:
-                run = folder(arm, args.name, seed)
-                found["evaluation"] = submitted(run, seed, args.threads)
+                found["evaluation"] = submitted(run_folder(arm, seed, args), seed, args.threads)
                 atomic_write_text(path, json.dumps(found, indent=1) + "\n")
     print(table(args.name))
     return 0

@@ -113,8 +113,7 @@ def documents():
     ("feed", "geometry"), [("soft", "truth"), ("soft", "free"), ("sample", "free")]
 )
 def test_loss_and_gradients_are_those_of_a_loop_that_recomputes_everything(sparse, feed, geometry):
-    """Every excursion written anew without a cache, every row's logits by a forward of its own
-    prefix's document, every term from its definition."""
+    """Every document and excursion by a forward of its own, every term from its definition."""
     model, docs = tiny_model(sparse), documents()
     given = ExcursionSettings(feed, geometry, 1.0, 1, 60)
     found = make_excursions(model, docs, given, generator=torch.Generator().manual_seed(3))

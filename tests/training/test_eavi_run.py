@@ -16,6 +16,7 @@ from tiny_onn.config.schema import DeepEmbedConfig, EaviConfig, NsaConfig
 from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.training.eavi import Eavi
 from tiny_onn.training.run import run_training
 
 SPARSE = {
@@ -71,8 +72,17 @@ def weights(config):
     }
 
 
-@pytest.mark.parametrize("feed", ["soft", "sample", "greedy"])
-@pytest.mark.parametrize("geometry", ["truth", "free"])
+@pytest.mark.parametrize(
+    ("feed", "geometry"),
+    [
+        ("soft", "truth"),
+        ("sample", "truth"),
+        ("greedy", "truth"),
+        ("single", "truth"),
+        ("soft", "free"),
+        ("sample", "free"),
+    ],
+)
 @pytest.mark.parametrize("settings", [{}, SPARSE], ids=["dense", "sparse"])
 def test_it_runs_logs_every_term_and_moves_the_weights(pretrained, feed, geometry, settings):
     given = {"feed": feed, "geometry": geometry, "divergence_weight": 0.1}
@@ -145,24 +155,20 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, interrupt, settings,
     }.items()
 
 
-def test_excursions_do_not_move_what_dropout_draws(pretrained, monkeypatch):
-    """The random numbers of a training step are the same whatever was drawn for excursions."""
-    from tiny_onn.training.eavi import Eavi
+@pytest.mark.parametrize("feed", ["soft", "sample", "single"])
+def test_excursions_leave_the_random_stream_of_training_alone(pretrained, monkeypatch, feed):
+    original, moved = Eavi.begin_step, []
 
-    drawn = []
-    original = Eavi.training_step
+    def begin_step(self, batch, share):
+        before = torch.get_rng_state()
+        prepared = original(self, batch, share)
+        moved.append(not torch.equal(before, torch.get_rng_state()))
+        return prepared
 
-    def training_step(self, batch, batch_idx):
-        state = torch.get_rng_state()
-        drawn.append(float(torch.rand(())))
-        torch.set_rng_state(state)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(Eavi, "training_step", training_step)
-    _, second = pretrained(eavi={"feed": "sample"})
+    monkeypatch.setattr(Eavi, "begin_step", begin_step)
+    _, second = pretrained(eavi={"feed": feed})
     assert run_training(second) == 0
-    assert run_training(replace(second, eavi=EaviConfig(feed="soft"), out=second.out + "2")) == 0
-    assert drawn[:6] == drawn[6:] and len(set(drawn[:6])) == 6
+    assert moved == [False] * 6
 
 
 def test_it_learns_to_be_right_on_its_own_outputs(pretrained):
@@ -177,7 +183,9 @@ def test_it_learns_to_be_right_on_its_own_outputs(pretrained):
 BAD = [
     ({"init_from": None}, {}, "got stage=eavi without init_from"),
     ({}, {"excursions_per_document": 2}, "give eavi.feed=sample"),
-    ({}, {"excursion_weight": 0.0, "truth_weight": 0.0}, "expected one above 0"),
+    ({}, {"excursion_weight": 0.0}, "expected one above 0; raise one, or give stage=pretrain"),
+    ({}, {"truth_weight": 0.0, "share_start": 0.5}, "some documents teach nothing"),
+    ({}, {"feed": "single", "geometry": "free"}, "give eavi.geometry=truth"),
     ({}, {"temperature": -1.0}, "eavi.temperature=-1.0; expected a number at least 0"),
     ({}, {"share_end": 1.5}, "eavi.share_end=1.5; expected a number from 0 to 1"),
     ({"init_from": "runs/nothing"}, {}, "checkpoint 'runs/nothing' does not exist"),
@@ -230,6 +238,19 @@ def test_an_untrained_checkpoint_and_one_of_other_tasks_are_refused(pretrained, 
         save_checkpoint(tmp_path / name, model, first, ("somebody",), facts)
         with pytest.raises(UserError, match=message):
             run_training(replace(second, init_from=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"holdout": "train_tests"}, "has learnt those pairs; expected a run that held them out"),
+        ({"context": "demos"}, "give data.context=pair"),
+    ],
+)
+def test_weights_that_know_the_hold_out_or_other_documents_are_refused(pretrained, data, message):
+    _, second = pretrained(steps=1)
+    with pytest.raises(UserError, match=message):
+        run_training(replace(second, data=replace(second.data, **data)))
 
 
 def test_task_rows_go_by_task_id(pretrained, tmp_path):

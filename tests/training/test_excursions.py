@@ -188,7 +188,7 @@ def test_several_of_a_document_share_one_prefill():
     assert len({own.tokens.tobytes() for own in found[3]}) == 3
 
 
-@pytest.mark.parametrize("feed", FEEDS)
+@pytest.mark.parametrize("feed", [*FEEDS, "single"])
 def test_excursions_leave_no_trace(feed):
     model = tiny_model(**SPARSE, dropout=0.2).train()
     model.blocks[1].eval()
@@ -208,12 +208,13 @@ def test_excursions_leave_no_trace(feed):
     assert np.array_equal(again[0][0].tokens, own.tokens)  # dropout was off
 
 
-def test_no_graph_is_built(monkeypatch):
-    model = tiny_model()
-    step, outputs = model.step, []
-    monkeypatch.setattr(model, "step", lambda *a: outputs.append(step(*a)) or outputs[-1])
-    make_excursions(model, documents(), settings())
-    assert len(outputs) > 10 and not any(o.requires_grad for o in outputs)
+@pytest.mark.parametrize("feed", [*FEEDS, "single"])
+def test_no_graph_is_built(monkeypatch, feed):
+    """The head runs in prefill, in steps and in a plain forward."""
+    model, graphs = tiny_model(), []
+    model.head.register_forward_hook(lambda *a: graphs.append(torch.is_grad_enabled()))
+    make_excursions(model, documents(), settings(feed=feed), generator=random_numbers())
+    assert graphs and not any(graphs)
 
 
 @pytest.mark.parametrize("geometry", ["truth", "free"])

@@ -139,10 +139,16 @@ def check_eavi(config: Config) -> None:
             "got eavi.feed=single with eavi.geometry=free; expected the true geometry, for its "
             "tokens are the truth's but some; give eavi.geometry=truth"
         )
-    if not eavi.excursion_weight and not eavi.truth_weight and not eavi.divergence_weight:
+    if not eavi.excursion_weight and not eavi.divergence_weight:
         raise UserError(
-            "got eavi.excursion_weight=0, eavi.truth_weight=0 and eavi.divergence_weight=0; "
-            "expected one above 0, or nothing is learnt; raise one"
+            "got eavi.excursion_weight=0 and eavi.divergence_weight=0, which learn nothing from "
+            "excursions; expected one above 0; raise one, or give stage=pretrain"
+        )
+    if not eavi.truth_weight and min(eavi.share_start, eavi.share_end) < 1:
+        raise UserError(
+            f"got eavi.truth_weight=0 with eavi.share_start={eavi.share_start} and eavi.share_end="
+            f"{eavi.share_end}, so that some documents teach nothing; expected both shares 1 "
+            "without the truth's weight; raise eavi.truth_weight"
         )
     if config.data.loss_on_inputs:
         raise UserError(

@@ -23,7 +23,7 @@ from tiny_onn.inference.prompt import Context, encode_query
 from tiny_onn.inference.vote import Candidate, rank
 
 READ_CANDIDATES = 8
-"""Most candidates of one test input that are read; later ones have never been chosen."""
+"""Most candidates of one test input that are read; the others rank behind them."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def check_predict(predict: PredictConfig) -> None:
             "got predict.views=null without predict.minutes, expected one of them; "
             "set predict.views=16"
         )
-    for name in ("views", "minutes", "batch_tokens"):
+    for name in ("views", "minutes", "batch_tokens", "score_views"):
         value = getattr(predict, name)
         if value is not None and not value > 0:
             raise UserError(f"got predict.{name}={value}, expected more than 0; raise it")

@@ -7,9 +7,11 @@ as their prior too,
     log p(y|c) >= E_q[ sum_t log p(y_t | c, yhat_<t) ] - KL(q || q) = E_q[ ... ]
 
 where p(y | c, yhat) = prod_t p(y_t | c, yhat_<t): every true token is given by the trajectory
-written before it. The excursion term is the Monte-Carlo estimate of the negative bound. The truth
-term is teacher forcing; the KL term pulls what the model says on its own prefix to what it says on
-the true one.
+written before it. With drawn excursions (at temperature 1, free geometry) the excursion term is
+the Monte-Carlo estimate of the negative bound; soft and greedy ones put one mean or likeliest
+trajectory in the place of the expectation, and the true geometry conditions q on the true rows. The
+truth term is teacher forcing; the KL term pulls what the model says on its own prefix to what it
+says on the true one.
 
 Shapes: M rows with a target, V vocabulary.
 """

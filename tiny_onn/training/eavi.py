@@ -14,7 +14,8 @@ EAVI (Excursion-Alignment Variational Inference). A step of it
    each summed over its rows, the last two divided by the excursions of a document, and all by the
    number of the true outputs' tokens.
 
-Nothing is argmaxed on the way with ``eavi.feed=soft``: only a submission is.
+With ``eavi.feed=soft`` no colour is argmaxed on the way but where a table is looked up by token
+(DeepEmbed's keys read the likeliest one).
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class Eavi(Pretrain):
             )
             for i, own in zip(chosen, found, strict=True):
                 excursions[i] = own
-                passed += documents[i].prefix_len + sum(len(e.tokens) for e in own)
+                # One forward over the truth gives all draws of feed=single.
+                fed = own[:1] if self.eavi.feed == "single" else own
+                passed += documents[i].prefix_len + sum(len(e.tokens) for e in fed)
         aligned = align(documents, excursions)
         train = prepare(aligned.batch, batch.step, self._causal, rounding(device), self._nsa)
         filler = len(train.rows_M) - len(aligned.rows_M)

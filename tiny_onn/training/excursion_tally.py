@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tiny_onn.arc.task import NUM_COLORS
 from tiny_onn.arc.tokens import Document
 from tiny_onn.losses.alignment import AlignmentTerms
 from tiny_onn.training.alignment_batch import AlignmentBatch, labels
@@ -21,7 +22,8 @@ class ExcursionTally:
         self._begin()
 
     def _begin(self) -> None:
-        self._documents = self._excursions = self._perfect = self._cut = 0
+        self._documents = self._taken = self._excursions = self._perfect = self._cut = 0
+        self._colors = 0
         self._fed = self._right = self._true_rows = self._own_rows = self._twins = 0
         self._seconds = 0.0
         self._terms: Tensor | None = None
@@ -35,14 +37,17 @@ class ExcursionTally:
     ) -> None:
         """One step's; ``seconds``: what it took to make and pack them."""
         for document, own in zip(documents, excursions, strict=True):
+            self._taken += bool(own)
             for excursion in own:
                 wanted = labels(excursion, document)[0][: len(excursion.tokens)]
-                right = int((excursion.tokens == wanted).sum())
+                right = excursion.tokens == wanted
+                color = excursion.tokens < NUM_COLORS
                 self._excursions += 1
                 self._fed += len(wanted)
-                self._right += right
+                self._colors += int(color.sum())
+                self._right += int(right[color].sum())
                 whole = len(wanted) == len(document.tokens) - document.prefix_len - 1
-                self._perfect += whole and right == len(wanted)
+                self._perfect += whole and bool(right.all())
                 self._cut += not excursion.ended
         self._documents += len(documents)
         own_rows = int(aligned.excursion_M.sum())
@@ -60,22 +65,21 @@ class ExcursionTally:
         """Means of all processes since the last call, under ``eavi/``; collective. What there was
         nothing of is left out."""
         terms = [0.0, 0.0, 0.0] if self._terms is None else self._terms.tolist()
-        rows = channel.gather(
-            *terms, self._own_rows, self._true_rows, self._twins, self._excursions, self._documents,
-            self._fed, self._right, self._perfect, self._cut, self._seconds,
-        )  # fmt: skip
-        (excursion, truth, divergence, own_rows, true_rows, twins, excursions, documents,
-         fed, right, perfect, cut, seconds) = rows.sum(dim=0).tolist()  # fmt: skip
+        names = ("own_rows", "true_rows", "twins", "documents", "taken", "excursions", "perfect")
+        names += ("cut", "fed", "colors", "right", "seconds")
+        rows = channel.gather(*terms, *(getattr(self, f"_{name}") for name in names))
+        excursion, truth, divergence, *counts = rows.sum(dim=0).tolist()
+        count = dict(zip(names, counts, strict=True))
         self._begin()
         quotients = {
-            "excursion_nll": (excursion, own_rows),
-            "truth_nll": (truth, true_rows),
-            "divergence": (divergence, twins),
-            "share": (excursions, documents),
-            "own_accuracy": (right, fed),
-            "perfect": (perfect, excursions),
-            "cut": (cut, excursions),
-            "excursion_tokens_per_s": (fed * channel.world, seconds),
+            "excursion_nll": (excursion, count["own_rows"]),
+            "truth_nll": (truth, count["true_rows"]),
+            "divergence": (divergence, count["twins"]),
+            "share": (count["taken"], count["documents"]),
+            "own_accuracy": (count["right"], count["colors"]),
+            "perfect": (count["perfect"], count["excursions"]),
+            "cut": (count["cut"], count["excursions"]),
+            "excursion_tokens_per_s": (count["fed"] * channel.world, count["seconds"]),
         }
         metrics = {f"eavi/{k}": a / b for k, (a, b) in quotients.items() if b}
-        return metrics | {"eavi/excursion_seconds": seconds / channel.world}
+        return metrics | {"eavi/excursion_seconds": count["seconds"] / channel.world}

@@ -117,6 +117,7 @@ def make_excursions(
             true geometry only).
     """
     if settings.feed == "single":
+        assert begin_with is None and settings.geometry == "truth", settings
         with excursion(model) as device, autocast(device, precision):
             return _replaced(model, documents, settings, generator, device)
     with excursion(model) as device, autocast(device, precision):
@@ -141,12 +142,12 @@ def _replaced(
     """feed=single: one parallel forward over the truth gives every draw."""
     batch = pack(documents).to(device)
     rows_M = torch.nonzero(batch.targets_N != IGNORE).squeeze(1)
-    logits_MV = model(batch, rows_M).logits_MV[:, :NUM_COLORS]
+    logits_MV = _finite(model(batch, rows_M).logits_MV[:, :NUM_COLORS])
     targets_M = batch.targets_N[rows_M]
     found: list[list[Excursion]] = [[] for _ in documents]
     for _ in range(settings.per_document):
         if settings.temperature > 0:
-            q_MV = (logits_MV / settings.temperature).softmax(dim=-1)
+            q_MV = _cooled(logits_MV, settings.temperature)
             drawn_M = torch.multinomial(q_MV, 1, generator=generator).squeeze(1)
         else:
             drawn_M = logits_MV.argmax(dim=-1)
@@ -162,6 +163,17 @@ def _replaced(
             found[i].append(Excursion(tokens_M[begin : begin + length - 1], None, output, True))
             begin += length
     return found
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """What is not finite, made finite: the loss of the step is what reports a broken model."""
+    most = torch.finfo(logits.dtype).max / 4
+    return logits.nan_to_num(nan=0.0, posinf=most, neginf=-most)
+
+
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature), for any temperature above 0 without overflow."""
+    return ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
 
 
 class _TruePath:
@@ -292,18 +304,16 @@ class _Excursions:
 
     def _choose(self) -> tuple[Tensor, Tensor]:
         """int64 (B,) chosen tokens and (B, V) q among the colours (read by feed=soft alone)."""
-        legal_BV, finite = self.path.legal(), torch.finfo(self.logits_BV.dtype)
-        logits_BV = self.logits_BV.nan_to_num(nan=finite.min, posinf=finite.max, neginf=finite.min)
-        logits_BV = logits_BV.masked_fill(~legal_BV, -torch.inf)
+        logits_BV = _finite(self.logits_BV).masked_fill(~self.path.legal(), -torch.inf)
         temperature = self.settings.temperature
         if self.settings.feed == "sample" and temperature > 0:
-            q_BV = (logits_BV / temperature).softmax(dim=-1)
+            q_BV = _cooled(logits_BV, temperature)
             return torch.multinomial(q_BV, 1, generator=self.generator).squeeze(1), q_BV
         tokens_B = logits_BV.argmax(dim=-1)
         if not self.soft:
             return tokens_B, logits_BV
         colors_BV = torch.zeros_like(logits_BV, dtype=torch.float32)
-        colors_BV[:, :NUM_COLORS] = (logits_BV[:, :NUM_COLORS] / temperature).softmax(-1).float()
+        colors_BV[:, :NUM_COLORS] = _cooled(logits_BV[:, :NUM_COLORS], temperature).float()
         return tokens_B, colors_BV
 
     def _leave(self) -> Tensor | None:

@@ -121,7 +121,8 @@ def _aligned(
         logits_MV = model(packed, rows_M).logits_MV.double()
         targets_M, own_M = packed.targets_N[rows_M], batch.excursion_M.to(device)
         terms = alignment_terms(logits_MV, targets_M, own_M, batch.twin_M.to(device))
-        wrong_M = (logits_MV.argmax(dim=-1) != targets_M) & (targets_M < NUM_COLORS) & ~own_M
+        likeliest_M = logits_MV[:, :NUM_COLORS].argmax(dim=-1)  # as excursions choose
+        wrong_M = (likeliest_M != targets_M) & (targets_M < NUM_COLORS) & ~own_M
         doc_M = packed.layout.doc_N[rows_M]
         wrong = torch.bincount(doc_M[wrong_M], minlength=len(packed.layout.lengths)) > 0
     true_documents = [slot for slot, n in enumerate(packed.order) if n < len(documents)]

@@ -21,7 +21,6 @@ TASK_TABLES = ("embedding.task.weight", "deep_embed.tables.task.rows.weight")
 TRAINING_ONLY = frozenset(
     {
         "model.dropout",
-        "model.deep_embed.store",
         "model.deep_embed.dtype",
         "moe.target_active",
         "moe.sparsity_weight",
@@ -37,8 +36,8 @@ def begin_with(model: TinyONN, config: Config, task_ids: Sequence[str]) -> dict[
     Rows of tasks go by task id; a task that the checkpoint does not know keeps its fresh row.
 
     Raises:
-        UserError: no checkpoint, one never trained, of another vocabulary or architecture, or one
-            that knows none of the tasks.
+        UserError: no checkpoint, one never trained, of another vocabulary or architecture, one
+            that learnt what is held out here, or that knows none of the tasks.
     """
     assert config.init_from is not None
     loaded = load_model(config.init_from)
@@ -48,6 +47,7 @@ def begin_with(model: TinyONN, config: Config, task_ids: Sequence[str]) -> dict[
             "trained one; run python train.py stage=pretrain first"
         )
     _require_same_network(config, loaded.config)
+    _require_same_data(config, loaded.config)
     known = {task_id: row for row, task_id in enumerate(loaded.task_ids)}
     rows = [known.get(task_id, -1) for task_id in task_ids]
     if max(rows) < 0:
@@ -86,6 +86,24 @@ def _require_same_network(config: Config, theirs: Config) -> None:
             f"got init_from={config.init_from}, of another network: {name}="
             f"{_written(there.get(name))}; expected {_written(here[name])}{more}; "
             f"{remedy}, or choose another run"
+        )
+
+
+def _require_same_data(config: Config, theirs: Config) -> None:
+    """Raises UserError where a hold-out would measure what was learnt, or documents differ."""
+    here, there = config.data, theirs.data
+    if here.holdout not in ("none", there.holdout):
+        raise UserError(
+            f"got data.holdout={here.holdout} with init_from={config.init_from}, which was trained "
+            f"with data.holdout={there.holdout} and has learnt those pairs; expected a run that "
+            f"held them out too; train it with data.holdout={here.holdout}, or give "
+            f"data.holdout={there.holdout}"
+        )
+    if here.context != there.context:
+        raise UserError(
+            f"got data.context={here.context} with init_from={config.init_from}, which was trained "
+            f"with data.context={there.context}; expected the same documents; give "
+            f"data.context={there.context}"
         )
 
 
