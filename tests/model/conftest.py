@@ -1,4 +1,4 @@
-"""What tests of decoding share: documents cut short, steps held against one parallel forward."""
+"""What tests of models share: documents, networks, steps held against one parallel forward."""
 
 from dataclasses import replace
 
@@ -7,6 +7,49 @@ import pytest
 import torch
 
 from tiny_onn.arc.packing import pack
+from tiny_onn.arc.task import Pair
+from tiny_onn.arc.tokens import encode_demos, encode_pair
+from tiny_onn.config.schema import ModelConfig, NsaConfig
+from tiny_onn.model.tiny_onn import build_model
+
+SHAPES = (((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 3)))
+SMALL_NSA = NsaConfig(block=6, stride=3, select_block=3, select_count=4, window=7)
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """(shapes of inputs and outputs) -> a random pair of each, task and view its number; with
+    ``demos`` also one of demonstrations and a query."""
+
+    def build(shapes=SHAPES, seed=0, demos=False):
+        rng = np.random.default_rng(seed)
+        pairs = [Pair(*(rng.integers(0, 10, s).astype(np.uint8) for s in both)) for both in shapes]
+        docs = [encode_pair(pair, task=i, view=i % 8) for i, pair in enumerate(pairs)]
+        return [*docs, encode_demos(pairs[1:3], pairs[0], task=len(docs))] if demos else docs
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small_nsa():
+    """Blocks and a window that documents of 40 tokens outgrow."""
+    return SMALL_NSA
+
+
+@pytest.fixture(scope="session")
+def nsa_model():
+    """(changes of the model, of NSA) -> a network with NSA in float64, none of its weights zero."""
+
+    def build(changes=None, nsa=None):
+        torch.manual_seed(0)
+        sizes = {"width": 32, "layers": 2, "heads": 4, "head_width": 8, "ffn_width": 48}
+        config = ModelConfig(**(sizes | {"attention": "nsa"} | (changes or {})))
+        model = build_model(config, 5, nsa=replace(SMALL_NSA, **(nsa or {}))).double().eval()
+        for parameter in model.parameters():  # what starts at zero must take part too
+            torch.nn.init.normal_(parameter, std=0.3)
+        return model
+
+    return build
 
 
 def _cut(doc, length):

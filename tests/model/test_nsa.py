@@ -3,28 +3,21 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from tiny_onn.arc.packing import fill, pack
-from tiny_onn.arc.task import Pair
-from tiny_onn.arc.tokens import encode_pair
 from tiny_onn.config.load import load_config
 from tiny_onn.config.schema import Config, ModelConfig, NsaConfig, OptimConfig
 from tiny_onn.errors import UserError
 from tiny_onn.losses.language import output_nll
-from tiny_onn.model import nsa as nsa_module
 from tiny_onn.model import tiny_onn
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.nsa_plan import NsaPlan, Split, plan_nsa
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.datamodule import prepare
 from tiny_onn.training.optim import build_optimizer
-from tiny_onn_kernels.nsa import decode, select
-
-SMALL = NsaConfig(block=6, stride=3, select_block=3, select_count=4, window=7)
-SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 3))]
+from tiny_onn_kernels.nsa import select
 
 VARIANTS = [
     ({}, {}),
@@ -37,40 +30,17 @@ VARIANTS = [
 ]
 
 
-def tiny_model(changes=None, nsa=None, seed=0):
-    torch.manual_seed(seed)
-    sizes = {"width": 32, "layers": 2, "heads": 4, "head_width": 8, "ffn_width": 48}
-    config = ModelConfig(**(sizes | {"attention": "nsa"} | (changes or {})))
-    model = build_model(config, 5, nsa=replace(SMALL, **(nsa or {}))).double().eval()
-    for parameter in model.parameters():  # what starts at zero must take part too
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def documents(shapes=SHAPES):
-    rng = np.random.default_rng(0)
-    pairs = [Pair(*(rng.integers(0, 10, s).astype(np.uint8) for s in pair)) for pair in shapes]
-    return [encode_pair(pair, task=i, view=i % 8) for i, pair in enumerate(pairs)]
-
-
 @pytest.mark.parametrize(("changes", "nsa"), VARIANTS, ids=str)
-def test_decoding_equals_the_parallel_forward(changes, nsa, assert_decoding_is_parallel):
-    docs = documents()
-    assert_decoding_is_parallel(tiny_model(changes, nsa), docs, [d.prefix_len for d in docs])
-
-
-@pytest.mark.parametrize("first", [1, 2, 3, 5, 6, 7, 8, 12, 13])
-def test_a_prompt_may_end_anywhere_between_blocks_strides_and_windows(
-    first, assert_decoding_is_parallel
+def test_decoding_equals_the_parallel_forward(
+    nsa_model, documents, changes, nsa, assert_decoding_is_parallel
 ):
-    model = tiny_model({"mask": "causal", "layers": 1})
-    docs = [documents()[3]] * 3
-    assert_decoding_is_parallel(model, docs, [first, first + 1, first + 20])
+    docs = documents()
+    assert_decoding_is_parallel(nsa_model(changes, nsa), docs, [d.prefix_len for d in docs])
 
 
 @pytest.mark.parametrize(("changes", "nsa"), VARIANTS, ids=str)
-def test_packed_equals_one_document_at_a_time(changes, nsa):
-    model, docs = tiny_model(changes, nsa), documents()
+def test_packed_equals_one_document_at_a_time(nsa_model, documents, changes, nsa):
+    model, docs = nsa_model(changes, nsa), documents()
     batch = pack(docs)
     together = model(batch).logits_MV
     start = 0
@@ -88,11 +58,11 @@ def loss_and_gradients(model, batch):
 
 
 @pytest.mark.parametrize(("changes", "nsa"), VARIANTS[:4], ids=str)
-def test_filler_rows_change_no_loss_and_no_gradient(changes, nsa):
+def test_filler_rows_change_no_loss_and_no_gradient(nsa_model, documents, changes, nsa):
     plain = pack(documents())
     found = []
     for batch in (plain, fill(plain, 64)):
-        model = tiny_model(changes, nsa)
+        model = nsa_model(changes, nsa)
         train = prepare(batch, step=0, multiple=1 if batch is plain else 64)
         loss, _ = output_nll(model(train.batch, train.rows_M).logits_MV, train.targets_M)
         loss.backward()
@@ -112,8 +82,8 @@ def attention_inputs(model, batch, seed=0):
     return attention, attention.project(x_NC, cos, sin), context
 
 
-def test_whatever_stands_in_padding_rows_is_never_read():
-    model, plain = tiny_model({"kv_heads": 2}, {"kv": "per_branch"}), pack(documents())
+def test_whatever_stands_in_padding_rows_is_never_read(nsa_model, documents):
+    model, plain = nsa_model({"kv_heads": 2}, {"kv": "per_branch"}), pack(documents())
     attention, projected, context = attention_inputs(model, plain)
     want = attention.attend(*projected, context)
     padded = fill(plain, 64)
@@ -146,9 +116,9 @@ def test_whatever_stands_in_padding_rows_is_never_read():
     ],
     ids=str,
 )
-def test_dense_dispatch_changes_no_value_and_no_gradient(mask, kv, nsa):
+def test_dense_dispatch_changes_no_value_and_no_gradient(nsa_model, documents, mask, kv, nsa):
     settings = nsa | {"kv": kv}
-    model, batch = tiny_model({"mask": mask, "kv_heads": 2}, settings), pack(documents())
+    model, batch = nsa_model({"mask": mask, "kv_heads": 2}, settings), pack(documents())
     assert sorted(batch.layout.lengths) == [6, 23, 42, 42]
     found = []
     for dense in (True, False):
@@ -175,9 +145,9 @@ def test_dense_dispatch_changes_no_value_and_no_gradient(mask, kv, nsa):
     ids=str,
 )
 def test_a_branch_reads_the_documents_that_it_covers_in_full_and_only_those(
-    nsa, planned_limits, selected_above, window_above
+    small_nsa, nsa_model, documents, nsa, planned_limits, selected_above, window_above
 ):
-    model, batch = tiny_model(), pack(documents())
+    model, batch = nsa_model(), pack(documents())
     lengths = batch.layout.lengths
     planned = []
 
@@ -185,7 +155,7 @@ def test_a_branch_reads_the_documents_that_it_covers_in_full_and_only_those(
         planned.append(spans.lengths)
         return model._plan_documents(spans)
 
-    plan = plan_nsa(model._spans(batch.layout), replace(SMALL, **nsa), plan_full)
+    plan = plan_nsa(model._spans(batch.layout), replace(small_nsa, **nsa), plan_full)
     assert planned == [tuple(n for n in lengths if n <= limit) for limit in planned_limits]
     for split, limit in ((plan.selected, selected_above), (plan.window, window_above)):
         if limit is None:
@@ -194,114 +164,9 @@ def test_a_branch_reads_the_documents_that_it_covers_in_full_and_only_those(
             assert split.layout.lengths == tuple(n for n in lengths if n > limit)
 
 
-def test_a_step_reads_compressed_chosen_and_window_keys_only(monkeypatch, decode_from):
-    model, doc = tiny_model({"mask": "causal"}), documents([((9, 9), (9, 9))])[0]
-    cut_at, reads = 100, []
-
-    def counting(q, k, v, visible, want_share=False):
-        reads.append(k.shape[-2])
-        return right(q, k, v, visible, want_share)
-
-    right = decode.tile_attention
-    monkeypatch.setattr(decode, "tile_attention", counting)
-    steps = list(decode_from(model, [doc], [cut_at]))
-    assert len(steps) > 50
-    for step in range(1, len(steps)):
-        per_layer = reads[6 * (step - 1) : 6 * (step - 1) + 3]
-        compressed = (cut_at + step - SMALL.block) // SMALL.stride + 1
-        assert per_layer == [compressed, SMALL.select_count * SMALL.select_block, SMALL.window]
-
-
-def test_a_step_does_not_look_at_keys_outside_its_choice(cut):
-    model, doc = tiny_model({"mask": "causal", "layers": 1}), documents([((9, 9), (9, 9))])[0]
-    with torch.no_grad():
-        logits = []
-        for poison in (False, True):
-            _, cache = model.prefill(pack([cut(doc, 100)]), 4)
-            if poison:  # blocks of old tokens that this step did not choose
-                chosen = recorded_choice(model, pack([cut(doc, 100)]), doc)
-                for block in set(range(30)) - chosen:
-                    for store in (cache.keys, cache.values):
-                        store[0][:, :, block * 3 : block * 3 + 3] = torch.nan
-            token = torch.tensor([int(doc.tokens[100])])
-            logits.append(model.step(token, torch.tensor(doc.positions[100:101]), cache))
-    torch.testing.assert_close(*logits)
-
-
-def recorded_choice(model, prompt, doc):
-    """Blocks that a step from a copy of this prompt chooses."""
-    chosen = set()
-    right = nsa_module.nsa.choose_blocks
-
-    def record(*args):
-        index = right(*args)
-        chosen.update(index.flatten().tolist())
-        return index
-
-    nsa_module.nsa.choose_blocks = record
-    try:
-        _, other = model.prefill(prompt, 4)
-        chosen.clear()
-        token = torch.tensor([int(doc.tokens[100])])
-        model.step(token, torch.tensor(doc.positions[100:101]), other)
-    finally:
-        nsa_module.nsa.choose_blocks = right
-    return chosen
-
-
-def test_compressed_keys_are_computed_once_by_the_step_that_completes_a_block(monkeypatch, cut):
-    model = tiny_model({"layers": 1})
-    docs = documents()[2:]
-    blocks = []
-    right = nsa_module.BlockCompressor.forward
-
-    def counting(self, blocks_MLKD):
-        blocks.append(len(blocks_MLKD))
-        return right(self, blocks_MLKD)
-
-    monkeypatch.setattr(nsa_module.BlockCompressor, "forward", counting)
-    batch = pack([cut(d, d.prefix_len) for d in docs])
-    _, cache = model.prefill(batch, 9)
-    blocks.clear()
-    for _ in range(9):
-        done = sum((n + 1 - 6) % 3 == 0 and n + 1 >= 6 for n in cache.lengths)
-        model.step(torch.tensor([3, 4]), torch.tensor([[0, 0, 3], [1, 0, 3]]), cache)
-        assert blocks == ([done, done] if done else [])  # keys, values
-        blocks.clear()
-
-
-@pytest.mark.parametrize("fault", ["window", "blocks", "compressed", "scores"])
-def test_a_fault_in_the_step_alone_is_noticed(fault, monkeypatch, assert_decoding_is_parallel):
-    if fault == "window":
-        right = decode.window_bounds
-        monkeypatch.setattr(
-            decode,
-            "window_bounds",
-            lambda t, p, w: ((right(t, p, w)[0] - 1).clamp(min=0), right(t, p, w)[1]),
-        )
-    elif fault == "blocks":
-        monkeypatch.setattr(decode, "token_visible", lambda end, time: time < end)
-    elif fault == "compressed":
-        step = nsa_module.nsa.decode_compressed
-        monkeypatch.setattr(
-            nsa_module.nsa, "decode_compressed", lambda q, k, v, n: step(q, k, v, n - 1)
-        )
-    else:
-        scores = nsa_module.nsa.block_scores
-
-        def shifted(share, *sizes):
-            found = scores(share, *sizes)
-            return found.roll(1, -1) if len(share) == 1 else found  # one row: a step
-
-        monkeypatch.setattr(nsa_module.nsa, "block_scores", shifted)
-    model = tiny_model({"mask": "causal", "layers": 1})
-    with pytest.raises(AssertionError):
-        assert_decoding_is_parallel(model, [documents()[3]], [20])
-
-
 @pytest.mark.parametrize("branch", [0, 1, 2])
-def test_separate_keys_and_values_feed_their_own_branch_only(branch):
-    model, batch = tiny_model({}, {"kv": "per_branch"}), pack(documents()[1:])
+def test_separate_keys_and_values_feed_their_own_branch_only(nsa_model, documents, branch):
+    model, batch = nsa_model({}, {"kv": "per_branch"}), pack(documents()[1:])
     attention, (q, raw, whole, values, gate), context = attention_inputs(model, batch)
     leaves = [t.detach().requires_grad_() for t in (raw, whole, values)]
     hot = torch.zeros_like(gate)
@@ -313,8 +178,8 @@ def test_separate_keys_and_values_feed_their_own_branch_only(branch):
     assert (value_grad.abs().sum((0, 2, 3)) > 0).tolist() == [branch == b for b in range(3)]
 
 
-def test_gates_start_at_one_half_and_phi_as_the_mean():
-    model = build_model(ModelConfig(attention="nsa", width=32, layers=1), 1, nsa=SMALL)
+def test_gates_start_at_one_half_and_phi_as_the_mean(small_nsa):
+    model = build_model(ModelConfig(attention="nsa", width=32, layers=1), 1, nsa=small_nsa)
     attention = model.blocks[0].attention
     cos, sin = torch.ones(5, 1, 16), torch.zeros(5, 1, 16)
     assert (attention.project(torch.randn(5, 32), cos, sin)[4] == 0.5).all()
@@ -323,8 +188,8 @@ def test_gates_start_at_one_half_and_phi_as_the_mean():
     torch.testing.assert_close(attention.compress_key(blocks), blocks.mean(1) + position)
 
 
-def test_gates_and_choices_can_be_watched():
-    model, batch = tiny_model(), pack(documents())
+def test_gates_and_choices_can_be_watched(nsa_model, documents):
+    model, batch = nsa_model(), pack(documents())
     seen = []
     model.blocks[1].attention.watch = lambda gate, index: seen.append((gate, index))
     model(batch)
@@ -333,9 +198,9 @@ def test_gates_and_choices_can_be_watched():
     assert not gate.requires_grad
 
 
-def test_every_parameter_learns_even_from_documents_shorter_than_a_block():
+def test_every_parameter_learns_even_from_documents_shorter_than_a_block(nsa_model, documents):
     for docs, settings in ((documents(), {}), (documents()[:1], {"block": 30})):
-        model = tiny_model({"kv_heads": 2}, settings).float()
+        model = nsa_model({"kv_heads": 2}, settings).float()
         optimizer = build_optimizer(model, OptimConfig())
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         loss_and_gradients(model, pack(docs))
@@ -350,8 +215,8 @@ def test_every_parameter_learns_even_from_documents_shorter_than_a_block():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_forward_and_decoding_agree_with_float32(dtype, decode_from):
-    model = tiny_model({"kv_heads": 2}).float()
+def test_autocast_forward_and_decoding_agree_with_float32(nsa_model, documents, dtype, decode_from):
+    model = nsa_model({"kv_heads": 2}).float()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and name.startswith("blocks."):
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -365,8 +230,8 @@ def test_autocast_forward_and_decoding_agree_with_float32(dtype, decode_from):
     assert all(row.isfinite().all() for _, _, row in steps)
 
 
-def test_the_parts_before_and_after_attention_are_traced_whole():
-    model, batch = tiny_model(), pack(documents())
+def test_the_parts_before_and_after_attention_are_traced_whole(nsa_model, documents):
+    model, batch = nsa_model(), pack(documents())
     want = model(batch).logits_MV
     for block in model.blocks:
         for part in ("enter", "leave"):
@@ -377,11 +242,11 @@ def test_the_parts_before_and_after_attention_are_traced_whole():
     torch.testing.assert_close(model(batch).logits_MV, want)
 
 
-def test_a_checkpoint_keeps_the_settings(tmp_path):
+def test_a_checkpoint_keeps_the_settings(small_nsa, documents, tmp_path):
     config = Config(
         out="x",
         model=ModelConfig(width=32, layers=1, heads=2, kv_heads=1, attention="nsa"),
-        nsa=replace(SMALL, kv="per_branch"),
+        nsa=replace(small_nsa, kv="per_branch"),
     )
     model = build_model(config.model, 1, nsa=config.nsa)
     save_checkpoint(tmp_path / "c", model, config, ("a",), {})
@@ -415,9 +280,9 @@ def test_impossible_settings_are_named_in_one_line(argument, words):
     assert "\n" not in str(caught.value)
 
 
-def test_the_library_refuses_impossible_settings_too():
+def test_the_library_refuses_impossible_settings_too(small_nsa):
     with pytest.raises(UserError, match="nsa.stride=5"):
-        build_model(ModelConfig(attention="nsa"), 1, nsa=replace(SMALL, stride=5))
+        build_model(ModelConfig(attention="nsa"), 1, nsa=replace(small_nsa, stride=5))
 
 
 def test_the_forced_blocks_are_as_many_as_the_settings_ask_room_for():

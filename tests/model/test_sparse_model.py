@@ -2,13 +2,10 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from tiny_onn.arc.packing import pack
-from tiny_onn.arc.task import Pair
-from tiny_onn.arc.tokens import encode_demos, encode_pair
 from tiny_onn.config.schema import Config, DeepEmbedConfig, ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.tiny_onn import build_model
@@ -52,16 +49,11 @@ def tiny_model(model=None, nsa=None, moe=None):
     return built.double().eval()
 
 
-def documents():
+@pytest.fixture
+def docs(documents):
     """Pairs of 5 to 150 tokens, and demonstrations with a query."""
     shapes = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 3))]
-    rng = np.random.default_rng(0)
-    pairs = [
-        Pair(*(rng.integers(0, 10, shape).astype(np.uint8) for shape in both))
-        for both in [*shapes, ((8, 8), (8, 8))]
-    ]
-    docs = [encode_pair(pair, task=i, view=i % 8) for i, pair in enumerate(pairs)]
-    return [*docs, encode_demos(pairs[1:3], pairs[3], task=5)]
+    return documents([*shapes, ((8, 8), (8, 8))], demos=True)
 
 
 def logits_of(model, docs):
@@ -77,10 +69,10 @@ def with_token(doc, position, token):
     return replace(doc, tokens=tokens)
 
 
-def test_the_small_models_choose_blocks_and_run_from_no_expert_to_several():
+def test_the_small_models_choose_blocks_and_run_from_no_expert_to_several(docs):
     model, chosen = tiny_model(), []
     model.blocks[0].attention.watch = lambda _, index_NKn: chosen.append(index_NKn)
-    output = model(pack(documents()))
+    output = model(pack(docs))
     counts = {int(n) for entry in output.routing for n in entry.runs_NE.sum(1)}
     assert {0, 1, 2, 3} <= counts
     assert chosen[0].max() >= 10  # of documents that four blocks of three do not cover
@@ -88,22 +80,21 @@ def test_the_small_models_choose_blocks_and_run_from_no_expert_to_several():
 
 
 @pytest.mark.parametrize(("model", "nsa", "moe"), VARIANTS, ids=str)
-def test_decoding_equals_the_parallel_forward(model, nsa, moe, assert_decoding_is_parallel):
-    docs = documents()
+def test_decoding_equals_the_parallel_forward(docs, model, nsa, moe, assert_decoding_is_parallel):
     prompts = [doc.prefix_len for doc in docs]
     assert_decoding_is_parallel(tiny_model(model, nsa, moe), docs, prompts)
 
 
 @pytest.mark.parametrize("first", [1, 5, 6, 12, 13])
-def test_prompts_may_end_anywhere(first, assert_decoding_is_parallel):
-    docs = documents()[3:]
+def test_prompts_may_end_anywhere(docs, first, assert_decoding_is_parallel):
+    docs = docs[3:]
     cuts = [first, first + 60, first + 20]
     assert_decoding_is_parallel(tiny_model({"mask": "causal"}), docs, cuts)
 
 
 @pytest.mark.parametrize(("model", "nsa", "moe"), VARIANTS, ids=str)
-def test_packed_equals_one_document_at_a_time_with_gradients(model, nsa, moe):
-    model, docs = tiny_model(model, nsa, moe), documents()
+def test_packed_equals_one_document_at_a_time_with_gradients(docs, model, nsa, moe):
+    model = tiny_model(model, nsa, moe)
     parameters = list(model.parameters())
     together = logits_of(model, docs)
     grads = torch.autograd.grad(sum(part.square().sum() for part in together), parameters)
@@ -120,8 +111,8 @@ def test_packed_equals_one_document_at_a_time_with_gradients(model, nsa, moe):
 
 
 @pytest.mark.parametrize(("model", "nsa", "moe"), VARIANTS, ids=str)
-def test_a_changed_token_moves_nothing_before_it_and_no_other_document(model, nsa, moe):
-    model, docs = tiny_model(model, nsa, moe), documents()
+def test_a_changed_token_moves_nothing_before_it_and_no_other_document(docs, model, nsa, moe):
+    model = tiny_model(model, nsa, moe)
     with torch.no_grad():
         before = logits_of(model, docs)
         for changed in (3, 4, 5):
@@ -137,8 +128,8 @@ def test_a_changed_token_moves_nothing_before_it_and_no_other_document(model, ns
                 assert (after[changed][position] - before[changed][position]).abs().max() > 1e-3
 
 
-def test_in_a_prefix_every_token_may_move_every_logit_of_its_document_only():
-    model, docs = tiny_model(), documents()
+def test_in_a_prefix_every_token_may_move_every_logit_of_its_document_only(docs):
+    model = tiny_model()
     doc = docs[4]
     with torch.no_grad():
         before = logits_of(model, docs)
@@ -149,10 +140,10 @@ def test_in_a_prefix_every_token_may_move_every_logit_of_its_document_only():
         torch.testing.assert_close(after[i], before[i], rtol=1e-9, atol=1e-9)
 
 
-def test_a_checkpoint_brings_all_three_back(tmp_path):
+def test_a_checkpoint_brings_all_three_back(docs, tmp_path):
     config = Config(out="x", model=MODEL, moe=MOE, nsa=NSA)
     model = tiny_model().float()
     save_checkpoint(tmp_path / "c", model, config, tuple("abcdef"), {})
     loaded = load_model(tmp_path / "c").model
-    batch = pack(documents())
+    batch = pack(docs)
     assert torch.equal(loaded(batch).logits_MV, model(batch).logits_MV)

@@ -2,21 +2,17 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from tiny_onn.arc.packing import fill, pack
-from tiny_onn.arc.task import Pair
-from tiny_onn.arc.tokens import IGNORE, encode_pair
+from tiny_onn.arc.tokens import IGNORE
 from tiny_onn.config.schema import ModelConfig
 from tiny_onn.errors import BackendUnavailable, UserError
 from tiny_onn.losses import language
 from tiny_onn.losses.language import output_nll
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.datamodule import prepare
-
-SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 1))]
 
 
 def tiny_model(**changes):
@@ -26,15 +22,6 @@ def tiny_model(**changes):
     for parameter in model.parameters():  # zero-initialised parts must take part too
         torch.nn.init.normal_(parameter, std=0.3)
     return model
-
-
-def documents(seed=0):
-    rng = np.random.default_rng(seed)
-    pairs = [
-        Pair(*(rng.integers(0, 10, shape).astype(np.uint8) for shape in shapes))
-        for shapes in SHAPES
-    ]
-    return [encode_pair(pair, task=i, view=i % 8) for i, pair in enumerate(pairs)]
 
 
 VARIANTS = [
@@ -49,7 +36,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_step_logits_equal_the_parallel_forward(changes, assert_decoding_is_parallel):
+def test_step_logits_equal_the_parallel_forward(documents, changes, assert_decoding_is_parallel):
     docs = documents()
     assert_decoding_is_parallel(tiny_model(**changes), docs, [d.prefix_len for d in docs])
 
@@ -60,7 +47,7 @@ def prompt_of(doc):
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_packed_equals_one_document_at_a_time(changes):
+def test_packed_equals_one_document_at_a_time(documents, changes):
     model = tiny_model(**changes)
     docs = documents()
     batch = pack(docs)
@@ -73,7 +60,7 @@ def test_packed_equals_one_document_at_a_time(changes):
         start += length
 
 
-def test_reference_and_sdpa_backends_agree_in_loss_gradients():
+def test_reference_and_sdpa_backends_agree_in_loss_gradients(documents):
     batch = pack(documents())
     gradients = []
     for backend in ("reference", "sdpa"):
@@ -86,7 +73,7 @@ def test_reference_and_sdpa_backends_agree_in_loss_gradients():
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_filler_rows_change_no_logit_and_no_gradient(changes, backend):
+def test_filler_rows_change_no_logit_and_no_gradient(documents, changes, backend):
     plain = pack(documents())
     found = []
     for batch in (plain, fill(plain, 64)):
@@ -107,14 +94,14 @@ def test_losses_and_tokens_agree_on_what_has_no_target():
     assert language.IGNORE == IGNORE
 
 
-def test_rows_pick_the_same_logits_with_less_work():
+def test_rows_pick_the_same_logits_with_less_work(documents):
     model, batch = tiny_model(), pack(documents())
     rows = torch.tensor([0, 5, 9, 30])
     torch.testing.assert_close(model(batch, rows).logits_MV, model(batch).logits_MV[rows])
 
 
 @pytest.mark.parametrize("modulation", ["none", "film"])
-def test_an_unknown_task_is_the_zero_vector(modulation):
+def test_an_unknown_task_is_the_zero_vector(documents, modulation):
     model = tiny_model(task_modulation=modulation)
     doc = documents()[1]
     unknown = model(pack([encode_like(doc, task=-1)])).logits_MV
@@ -127,7 +114,7 @@ def encode_like(doc, **changes):
     return replace(doc, **changes)
 
 
-def test_an_unknown_task_row_gets_no_gradient():
+def test_an_unknown_task_row_gets_no_gradient(documents):
     model = tiny_model()
     docs = [encode_like(d, task=t) for d, t in zip(documents(), [-1, 2, -1, 2], strict=True)]
     model(pack(docs)).logits_MV.logsumexp(-1).sum().backward()
@@ -135,7 +122,7 @@ def test_an_unknown_task_row_gets_no_gradient():
     assert touched.tolist() == [False, False, True, False, False]
 
 
-def test_output_tokens_do_not_see_the_future_and_the_input_does():
+def test_output_tokens_do_not_see_the_future_and_the_input_does(documents):
     model = tiny_model()
     doc = documents()[2]
     before = model(pack([doc])).logits_MV
@@ -151,7 +138,7 @@ def test_output_tokens_do_not_see_the_future_and_the_input_does():
     assert ((before - after).abs().amax(1) > 1e-12)[0]  # prefix-LM: even START sees the input
 
 
-def test_a_full_cache_refuses_another_token():
+def test_a_full_cache_refuses_another_token(documents):
     model = tiny_model()
     batch = pack([prompt_of(documents()[0])])
     _, cache = model.prefill(batch, max_new_tokens=1)
