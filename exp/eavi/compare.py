@@ -49,7 +49,12 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 """Arm -> how it goes on. pretrained: not at all; teacher: control b; scheduled: control c."""
 
-OPTIMIZER = ("optim.muon_lr=0.005", "optim.adamw_lr=1e-3", "optim.table_lr=1e-3")
+OPTIMIZER = (
+    "optim.muon_lr=0.005",
+    "optim.adamw_lr=1e-3",
+    "optim.table_lr=1e-3",
+    "optim.deep_embed_lr=2e-3",
+)
 """Of all second halves alike: those of configs/stage/eavi.yaml."""
 
 

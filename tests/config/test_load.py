@@ -82,13 +82,21 @@ def test_each_layer_overrides_the_one_before(tmp_path, monkeypatch):
         monkeypatch,
         **{
             "base": f"model:\n{numbers}",
-            "stage/pretrain": "model: {layers: 2, loops: 2, ffn_width: 2}",
-            "preset/nano": "model: {loops: 3, ffn_width: 3}\nbudget: {steps: 5}",
+            "preset/nano": "model: {layers: 2, loops: 2, ffn_width: 2}\nbudget: {steps: 5}",
+            "stage/pretrain": "model: {loops: 3, ffn_width: 3}",
         },
     )
     model = load_config(["model.ffn_width=4"]).model
     assert (model.width, model.layers, model.loops, model.ffn_width) == (1, 2, 3, 4)
     assert model.heads == keys_of(Config)["model.heads"].default
+
+
+@pytest.mark.parametrize("preset", names_in("preset"))
+def test_stage_eavi_moves_the_weights_of_every_preset_less(preset):
+    first = load_config([f"preset={preset}"]).optim
+    second = load_config([f"preset={preset}", "stage=eavi", "init_from=runs/x"]).optim
+    for name in ("muon_lr", "adamw_lr", "table_lr", "deep_embed_lr"):
+        assert getattr(second, name) < getattr(first, name), name
 
 
 def test_the_preset_asked_for_is_the_one_that_counts():

@@ -48,8 +48,8 @@ def train_help(files: Mapping[str, Mapping[str, Path]]) -> str:
             "",
             "Trains a model from scratch on ARC tasks. Later settings win: defaults < "
             "configs/base.yaml",
-            "< configs/stage/STAGE.yaml < configs/preset/PRESET.yaml",
-            "< configs/network/NETWORK.yaml < key=value.",
+            "< configs/preset/PRESET.yaml < configs/network/NETWORK.yaml",
+            "< configs/stage/STAGE.yaml < key=value.",
             "",
             *(line for kind, named in files.items() for line in (f"{kind}s:", *_files(named), "")),
             *_keys(keys_of(Config)),

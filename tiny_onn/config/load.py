@@ -1,9 +1,10 @@
 """Command line and YAML to a frozen configuration, and back.
 
-Later layers win: schema defaults < configs/base.yaml < configs/stage/<stage>.yaml <
-configs/preset/<preset>.yaml < configs/network/<network>.yaml < ``key=value`` arguments (submit:
-schema < configs/submit.yaml < arguments). The only file that knows OmegaConf, and PyYAML for the
-error type OmegaConf raises.
+Later layers win: schema defaults < configs/base.yaml < configs/preset/<preset>.yaml <
+configs/network/<network>.yaml < configs/stage/<stage>.yaml < ``key=value`` arguments (submit:
+schema < configs/submit.yaml < arguments). The stage is last because a second stage moves the weights
+of any preset less. The only file that knows OmegaConf, and PyYAML for the error type OmegaConf
+raises.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tiny_onn.errors import UserError
 
 AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig, InspectConfig)
 
-KINDS = ("stage", "preset", "network")
+KINDS = ("preset", "network", "stage")
 """Settings that name a file of other settings; later ones win."""
 
 _HELP_FLAGS = frozenset({"-h", "--help", "help"})
