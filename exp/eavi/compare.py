@@ -51,7 +51,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 OPTIMIZER = (
     "optim.muon_lr=0.005",
-    "optim.adamw_lr=1e-3",
+    "optim.adamw_lr=5e-4",
     "optim.table_lr=1e-3",
     "optim.deep_embed_lr=2e-3",
 )

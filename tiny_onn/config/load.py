@@ -2,9 +2,9 @@
 
 Later layers win: schema defaults < configs/base.yaml < configs/preset/<preset>.yaml <
 configs/network/<network>.yaml < configs/stage/<stage>.yaml < ``key=value`` arguments (submit:
-schema < configs/submit.yaml < arguments). The stage is last because a second stage moves the weights
-of any preset less. The only file that knows OmegaConf, and PyYAML for the error type OmegaConf
-raises.
+schema < configs/submit.yaml < arguments). The stage comes last because a second stage moves the
+weights of any preset less. The only file that knows OmegaConf, and PyYAML for the error type
+OmegaConf raises.
 """
 
 from __future__ import annotations
