@@ -104,10 +104,10 @@ def test_impossible_blocks_are_refused_in_one_line_where_they_are_read(given, me
 
 
 def test_a_dense_network_minds_ranges_alone_of_the_parts_that_it_does_not_have():
-    load_config(["network=dense", "moe.experts=1", "nsa.stride=5", "reset.min_share=0.9",
-                 "moe.combine=gated", "moe.none_active=top1"])  # fmt: skip
+    unread = ["moe.experts=1", "moe.target_active=2", "moe.combine=gated", "moe.none_active=top1"]
+    load_config(["network=dense", *unread, "nsa.stride=5", "reset.min_share=0.9"])
     for wrong in ("moe.experts=0", "nsa.stride=0", "reset.min_share=2"):
         with pytest.raises(UserError, match=wrong):
             load_config(["network=dense", wrong])
     with pytest.raises(UserError, match="moe.experts=1"):
-        load_config(["network=sparse", "moe.experts=1"])
+        load_config(["network=sparse", "moe.experts=1", "moe.target_active=2"])
