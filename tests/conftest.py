@@ -58,3 +58,22 @@ def small_checkpoint(tmp_path):
         return load_model(folder)
 
     return build
+
+
+@pytest.fixture
+def predict_two(tmp_path):
+    """``predict_two(run, *words)``: two evaluation tasks predicted by a run's model in two views;
+    returns their score."""
+    from tiny_onn.config.load import load_submit
+    from tiny_onn.inference.run import run_submit
+
+    def predict(run, *words):
+        ids = tmp_path / "two_ids.txt"
+        ids.write_text("00576224\n0692e18c\n")
+        asked = [f"checkpoint={run}", f"ids={ids}", "solutions=arc1:evaluation"]
+        assert run_submit(load_submit([*asked, "predict.views=2", *words])) == 0
+        submission = json.loads((run / "submission" / "submission.json").read_text())
+        assert set(submission) == {"00576224", "0692e18c"}
+        return json.loads((run / "submission" / "score.json").read_text())
+
+    return predict

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from tiny_onn.config.load import load_config, load_submit
-from tiny_onn.inference.run import run_submit
+from tiny_onn.config.load import load_config
 from tiny_onn.training.run import run_training
 
 SHRUNK = [
@@ -37,26 +36,11 @@ SHRUNK = [
         ("base", "dense"),
     ],
 )
-def test_a_shrunk_preset_trains_predicts_and_scores(preset, network, tmp_path, capsys):
+def test_a_shrunk_preset_trains_predicts_and_scores(preset, network, predict_two, tmp_path, capsys):
     run = tmp_path / "run"
     config = load_config([f"preset={preset}", f"network={network}", f"out={run}", *SHRUNK])
     assert run_training(config) == 0
-    ids = tmp_path / "ids.txt"
-    ids.write_text("00576224\n0692e18c\n")
-    submit = load_submit(
-        [
-            f"checkpoint={run}",
-            f"ids={ids}",
-            "solutions=arc1:evaluation",
-            "predict.views=2",
-            "precision=fp32",
-        ]
-    )
-    assert run_submit(submit) == 0
-    submission = json.loads((run / "submission" / "submission.json").read_text())
-    assert set(submission) == {"00576224", "0692e18c"}
-    score = json.loads((run / "submission" / "score.json").read_text())
-    assert score["num_tasks"] == 2
+    assert predict_two(run, "precision=fp32")["num_tasks"] == 2
     report = json.loads((run / "leak_report.json").read_text())
     text = capsys.readouterr().out
     assert "answers of" in text and "were not read" in text

@@ -4,9 +4,9 @@
     [a_te; b_te] = gate_up_e x_t                             (Shazeer, arXiv 2002.05202, section 2)
 
 Only active pairs (token, expert) are computed (and, in training on a CPU, a few of weight 0 beside
-them: ROUNDING). Their rows are gathered expert by expert, run as
-one ragged matrix product, weighted before the second product (which is linear), and summed token
-by token in the order of the experts: no atomics, so the result is the same in every run.
+them: ROUNDING). Their rows are gathered expert by expert, run as one ragged matrix product,
+weighted before the second product (which is linear), and summed token by token in the order of the
+experts: no atomics, so the result is the same in every run.
 
 Shapes: N tokens, E experts, C width, F hidden width of an expert, H = 2 F, P active pairs; K and O
 are the columns that go into and come out of a product.

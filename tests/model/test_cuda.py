@@ -1,7 +1,5 @@
 """On a CUDA device: every attention back-end, cached decoding, and a compiled training step."""
 
-import json
-
 import pytest
 import torch
 
@@ -58,12 +56,11 @@ def test_varlen_attention_equals_the_reference_in_values_and_gradients(share, kv
 
 
 @pytest.mark.slow
-def test_preset_base_trains_and_predicts_on_the_gpu_at_small_size(tmp_path):
-    from tiny_onn.config.load import load_config, load_submit
-    from tiny_onn.inference.run import run_submit
+def test_preset_base_trains_and_predicts_on_the_gpu_at_small_size(predict_two, tmp_path):
+    from tiny_onn.config.load import load_config
     from tiny_onn.training.run import run_training
 
-    run, ids = tmp_path / "run", tmp_path / "ids.txt"
+    run = tmp_path / "run"
     config = load_config(
         [
             "preset=base",
@@ -81,15 +78,4 @@ def test_preset_base_trains_and_predicts_on_the_gpu_at_small_size(tmp_path):
     )
     assert run_training(config) == 0
     assert (run / "checkpoint" / "weights.safetensors").is_file()
-    ids.write_text("00576224\n0692e18c\n")
-    submit = load_submit(
-        [
-            f"checkpoint={run}",
-            f"ids={ids}",
-            "solutions=arc1:evaluation",
-            "predict.views=2",
-        ]
-    )
-    assert run_submit(submit) == 0
-    submission = json.loads((run / "submission" / "submission.json").read_text())
-    assert set(submission) == {"00576224", "0692e18c"}
+    predict_two(run)
