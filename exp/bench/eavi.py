@@ -101,7 +101,8 @@ class Way:
         terms = alignment_terms(
             self.model(packed, rows_M).logits_MV,
             packed.targets_N[rows_M],
-            batch.excursion_M.to(self.device),
+            batch.truth_M.to(self.device),
+            batch.weight_M.to(self.device),
             batch.twin_M.to(self.device),
         )
         self._back(terms.excursion + terms.truth)

@@ -36,7 +36,9 @@ def test_scores_are_sums_over_the_views_of_the_whole_output_s_log_likelihood(tin
     }
     views = [task_views(task, 5, seed=3) for task in tasks]
     rows, told = [1, -1], []
-    found = with_scores(model, tasks, candidates, views, rows, report=lambda *n: told.append(n))
+    found, read = with_scores(
+        model, tasks, candidates, views, rows, report=lambda *n: told.append(n)
+    )
     for t, task in enumerate(tasks):
         for test, given in enumerate(candidates[task.id]):
             for before, after in zip(given, found[task.id][test], strict=True):
@@ -49,7 +51,7 @@ def test_scores_are_sums_over_the_views_of_the_whole_output_s_log_likelihood(tin
                     kept = batch.targets_N != IGNORE
                     want += float(logp[kept].gather(1, batch.targets_N[kept, None]).sum())
                 assert after.score == pytest.approx(want, rel=1e-9)
-    assert told[-1] == (25, 25)
+    assert read == 5 and told == [(5, 5)] * 5
 
 
 def test_a_lone_candidate_and_those_behind_the_first_few_are_not_read(
@@ -58,7 +60,7 @@ def test_a_lone_candidate_and_those_behind_the_first_few_are_not_read(
     monkeypatch.setattr(aug_score, "READ_CANDIDATES", 2)
     task = make_task([((2, 2), (2, 2))], [(2, 2), (2, 2)])
     many = [candidate([[n]], n, 5 * n) for n in (1, 3, 2)]
-    found = with_scores(
+    found, _ = with_scores(
         tiny_model(), [task], {"task": [many, many[:1]]}, [task_views(task, 2, 0)], [0]
     )
     assert [c.score is None for c in found["task"][0]] == [True, False, False]
@@ -89,7 +91,8 @@ def test_predict_reads_its_own_candidates(tiny_model, make_task):
         assert [c.views for c in own] == [c.views for c in other]
         read += sum(c.score is not None for c in own)
     assert read >= 4 and prediction.stats.score_seconds > 0
-    assert plain.stats.score_seconds == 0
+    assert prediction.stats.score_views == 3
+    assert plain.stats.score_seconds == plain.stats.score_views == 0
 
 
 def test_scoring_leaves_the_model_as_it_was(tiny_model, make_task):
@@ -98,7 +101,49 @@ def test_scoring_leaves_the_model_as_it_was(tiny_model, make_task):
     given = {"task": [[candidate([[1]], 2), candidate([[2]], 1, 3)]]}
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = with_scores(model, [task], given, [task_views(task, 3, 0)], [0])
+    first, _ = with_scores(model, [task], given, [task_views(task, 3, 0)], [0])
     assert model.training and torch.equal(torch.get_rng_state(), state)
-    again = with_scores(model.eval(), [task], given, [task_views(task, 3, 0)], [0])
+    again, _ = with_scores(model.eval(), [task], given, [task_views(task, 3, 0)], [0])
     assert [c.score for c in first["task"][0]] == [c.score for c in again["task"][0]]
+
+
+@pytest.mark.parametrize(("budget", "views"), [(0.0, 0), (0.5, 1), (2.5, 2), (9.0, 5)])
+def test_no_view_is_begun_that_does_not_fit_in_the_time(tiny_model, make_task, budget, views):
+    """By a clock on which every view takes one second."""
+    task, reads = make_task([((2, 2), (2, 2))], [(2, 2)]), []
+    given = {"task": [[candidate([[1]], 2), candidate([[2, 3]], 1, 3)]]}
+    model, seen = tiny_model(), task_views(task, 5, 0)
+    found, read = with_scores(
+        model,
+        [task],
+        given,
+        [seen],
+        [0],
+        seconds_left=lambda: budget - len(reads),
+        report=lambda *n: reads.append(n),
+    )
+    assert read == len(reads) == views
+    want, _ = with_scores(model, [task], given, [seen[:views]], [0])
+    assert [c.score for c in found["task"][0]] == [c.score for c in want["task"][0]]
+    if not views:
+        assert [c.score for c in found["task"][0]] == [None, None]
+
+
+def test_all_candidates_are_read_after_the_same_demonstrations(tiny_model, make_task, monkeypatch):
+    """A small candidate leaves room for a demonstration that the largest one does not."""
+    task = make_task([((5, 5), (5, 5)), ((2, 2), (2, 2))], [(2, 2)])
+    read = []
+
+    def teacher_forced(model, documents, *others):
+        read.extend(documents)
+        return np.zeros(len(documents)), None, None
+
+    monkeypatch.setattr(aug_score, "teacher_forced", teacher_forced)
+    given = {"task": [[candidate([[1]], 2), candidate(np.ones((6, 6)), 1, 3)]]}
+    with_scores(
+        tiny_model(), [task], given, [task_views(task, 1, 0)], [0], context="demos", max_tokens=100
+    )
+    small, large = read
+    assert small.prefix_len == large.prefix_len
+    assert np.array_equal(small.tokens[: small.prefix_len], large.tokens[: large.prefix_len])
+    assert small.prefix_len == 16 + 7  # one demonstration of two, and the test input

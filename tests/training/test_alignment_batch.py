@@ -54,35 +54,37 @@ def test_rows_targets_and_twins_of_a_super_batch():
     )  # output: 5 NEWLINE END
     first, second = walk([9, N, 9, N]), walk([7, 7, N])
     batch = align([TRUTH, other], [[first], [second, walk([5, N])]])
-    assert [len(batch.batch.layout.lengths), int(batch.excursion_M.sum())] == [5, 5 + 4 + 3]
+    # What the third one wrote is the second document's truth: it is not packed again.
+    assert [len(batch.batch.layout.lengths), int((~batch.truth_M).sum())] == [4, 5 + 4]
     targets = batch.batch.targets_N[batch.rows_M]
     doc = batch.batch.layout.doc_N[batch.rows_M]
-    names = {0: "truth 0", 1: "truth 1", 2: "first", 3: "second", 4: "third"}
-    found = {}
+    names = {0: "truth 0", 1: "truth 1", 2: "first", 3: "second"}
+    found, weights = {}, {}
     for slot, number in enumerate(batch.batch.order):
         found[names[number]] = targets[doc == slot].tolist()
+        weights[names[number]] = set(batch.weight_M[doc == slot].tolist())
+    assert weights == {"truth 0": {0.0}, "truth 1": {1.0}, "first": {1.0}, "second": {0.75}}
     assert found == {
         "truth 0": [1, 2, N, 3, 4, N, END],
         "truth 1": [5, N, END],
         "first": [1, 2, 3, 4, END],
         "second": [5, N, N, END],
-        "third": [5, N, END],
     }
     for row in range(len(targets)):
         twin = int(batch.twin_M[row])
         if twin == IGNORE:
             continue
-        assert bool(batch.excursion_M[row]) and not bool(batch.excursion_M[twin])
+        assert not bool(batch.truth_M[row]) and bool(batch.truth_M[twin])
         assert targets[row] == targets[twin]
         task = [int(batch.batch.task_B[int(doc[i])]) for i in (row, twin)]
         assert task[0] == task[1]
-    assert int((batch.twin_M != IGNORE).sum()) == 5 + 3 + 3  # all but one surplus place
+    assert int((batch.twin_M != IGNORE).sum()) == 5 + 3  # all but one surplus place
 
 
 def test_without_excursions_it_is_the_plain_batch():
     plain, batch = pack([TRUTH]), align([TRUTH], [[]])
     assert torch.equal(batch.batch.targets_N, plain.targets_N) and batch.batch.soft is None
-    assert not batch.excursion_M.any() and (batch.twin_M == IGNORE).all()
+    assert batch.truth_M.all() and not batch.weight_M.any() and (batch.twin_M == IGNORE).all()
 
 
 SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((2, 7), (6, 3))]
@@ -120,7 +122,11 @@ def test_loss_and_gradients_are_those_of_a_loop_that_recomputes_everything(spars
     batch = align(docs, found)
     logits_MV = model(batch.batch, batch.rows_M).logits_MV
     terms = alignment_terms(
-        logits_MV, batch.batch.targets_N[batch.rows_M], batch.excursion_M, batch.twin_M
+        logits_MV,
+        batch.batch.targets_N[batch.rows_M],
+        batch.truth_M,
+        batch.weight_M,
+        batch.twin_M,
     )
     total = 0.7 * terms.truth + 0.5 * terms.excursion + 0.3 * terms.divergence
     parameters = list(model.parameters())
@@ -134,13 +140,15 @@ def test_loss_and_gradients_are_those_of_a_loop_that_recomputes_everything(spars
         own_logits = logits_of(model, own.document(doc), own.probs)
         width = int((output == NEWLINE).nonzero()[0])
         height = int((output == NEWLINE).sum())
+        counts = min(1.0, len(output) / len(own.places))
         for row, (x, y) in zip(own_logits, own.places.tolist(), strict=True):
             twin = y * (width + 1) + x
             label = (int(output[twin]) if x <= width else NEWLINE) if y < height else END
-            expected = expected - 0.5 * row.log_softmax(-1)[label]
+            expected = expected - 0.5 * counts * row.log_softmax(-1)[label]
             if (y < height and x <= width) or (y == height and x == 0):
                 wanted = true_logits[twin].detach().log_softmax(-1)
-                expected = expected + 0.3 * (wanted.exp() * (wanted - row.log_softmax(-1))).sum()
+                apart = (wanted.exp() * (wanted - row.log_softmax(-1))).sum()
+                expected = expected + 0.3 * counts * apart
     want = torch.autograd.grad(expected, parameters, allow_unused=True)
     torch.testing.assert_close(total, expected, rtol=1e-9, atol=1e-9)
     for a, b in zip(got, want, strict=True):
@@ -170,14 +178,49 @@ def test_where_the_model_is_right_both_halves_are_bit_equal():
         assert own.ended and np.array_equal(own.tokens, doc.tokens[doc.prefix_len : -1])
     batch = align(docs, found)
     logits = model(batch.batch, batch.rows_M).logits_MV
-    nll = F.cross_entropy(logits, batch.batch.targets_N[batch.rows_M], reduction="none")
-    own = batch.twin_M != IGNORE
-    assert int(own.sum()) == len(own) // 2
-    assert torch.equal(nll[own], nll[batch.twin_M[own]])
     terms = alignment_terms(
-        logits, batch.batch.targets_N[batch.rows_M], batch.excursion_M, batch.twin_M
+        logits,
+        batch.batch.targets_N[batch.rows_M],
+        batch.truth_M,
+        batch.weight_M,
+        batch.twin_M,
     )
-    assert float(terms.divergence.detach()) == 0
+    assert torch.equal(terms.excursion, terms.truth) and float(terms.divergence.detach()) == 0
+    halves = [torch.autograd.grad(t, model.head.weight, retain_graph=True)[0] for t in
+              (terms.excursion, terms.truth)]  # fmt: skip
+    assert torch.equal(*halves) and halves[0].any()
+
+
+def test_an_excursion_that_is_the_truth_counts_as_if_it_were_packed_again():
+    """Against the same excursion fed as mixtures that are single tokens, which is packed."""
+    from dataclasses import replace
+
+    model, docs = tiny_model(True), documents()
+    outputs = [d.tokens[d.prefix_len : -1] for d in docs]
+    given = ExcursionSettings("greedy")
+    same = [
+        [replace(own, tokens=tokens)] * 2
+        for (own,), tokens in zip(make_excursions(model, docs, given), outputs, strict=True)
+    ]
+    packed = [
+        [replace(own, probs=np.zeros((len(own.tokens), 14), np.float32)) for own in both]
+        for both in same
+    ]
+    found = []
+    for excursions in (same, packed):
+        batch = align(docs, excursions)
+        logits = model(batch.batch, batch.rows_M).logits_MV
+        terms = alignment_terms(
+            logits,
+            batch.batch.targets_N[batch.rows_M],
+            batch.truth_M,
+            batch.weight_M,
+            batch.twin_M,
+        )
+        (gradient,) = torch.autograd.grad(terms.excursion, model.head.weight)
+        found.append((len(batch.batch.order), terms.excursion.detach(), gradient))
+    assert [count for count, *_ in found] == [3, 9]
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=1e-9, atol=1e-9)
 
 
 class RightModel(torch.nn.Module):

@@ -136,7 +136,10 @@ def test_the_share_of_excursions_follows_its_curriculum(pretrained):
     _, second = pretrained(eavi={"share_start": 0.0, "share_end": 1.0}, budget={"steps": 12})
     assert run_training(second) == 0
     shares = [float(row["eavi/share"]) for row in rows(second)]
-    assert shares[0] == 0 and shares[-1] > 0.8 and shares == sorted(shares)
+    # A part of a document is drawn, so a step's share is off by less than one of its documents.
+    for step, share in enumerate(shares):
+        assert share == pytest.approx(step / 12, abs=0.2), step
+    assert shares[0] < 0.2 and shares[-1] > 0.8
 
 
 @pytest.mark.parametrize("settings", [{}, SPARSE], ids=["dense", "sparse"])

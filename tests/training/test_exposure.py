@@ -50,22 +50,31 @@ def test_an_untrained_model_by_hand():
     docs = documents()
     model = trained(docs, 6)
     found = measure_exposure(model, docs, seed=4)
-    forced = free = 0
+    forced = free = colors = colors_forced = colors_own = 0
     nll_forced = nll_own = tokens = 0.0
     for doc in docs:
         first, output = doc.prefix_len, doc.tokens[doc.prefix_len :]
         logits = model(pack([doc])).logits_MV[first - 1 :].double()
         color = output < NUM_COLORS
-        forced += bool((logits[:, :NUM_COLORS].argmax(-1).numpy() == output)[color].all())
+        right = (logits[:, :NUM_COLORS].argmax(-1).numpy() == output)[color]
+        forced += bool(right.all())
+        colors, colors_forced = colors + len(right), colors_forced + right.sum()
         nll_forced += nll(logits, output)
         own = doc.tokens.copy()
         for at in range(first, len(doc.tokens) - 1):  # greedy, colours only, without a cache
             if doc.tokens[at] < NUM_COLORS:
                 own[at] = int(logits_of(model, doc, own)[at - 1, :NUM_COLORS].argmax())
-        free += bool((own == doc.tokens)[first:][color].all())
+        right = (own == doc.tokens)[first:][color]
+        free += bool(right.all())
+        colors_own += right.sum()
         nll_own += nll(logits_of(model, doc, own)[first - 1 :], output)
         tokens += len(output)
     assert found.exact_forced == forced / 12 and found.exact_free == free / 12
+    assert found.exact_forced == found.exact_free  # as for every model
+    assert found.colors_forced == pytest.approx(colors_forced / colors)
+    assert found.colors_own == pytest.approx(colors_own / colors)
+    assert found.gap == pytest.approx((colors_forced - colors_own) / colors)
+    assert colors_forced != colors_own
     assert found.nll_forced == pytest.approx(nll_forced / tokens, rel=1e-4)
     assert found.nll_own == pytest.approx(nll_own / tokens, rel=1e-4)
 

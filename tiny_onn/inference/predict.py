@@ -7,6 +7,7 @@ measured speed allows and stop in time; without, there is one round of ``predict
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import zlib
@@ -56,7 +57,8 @@ class Progress:
 @dataclass
 class PredictStats:
     """What prediction did. views: rounds completed for every test input (its task may have fewer
-    different ones: fewest_views); failures: reason -> outputs that were no grid."""
+    different ones: fewest_views); score_views: those that candidates were read in, which took
+    score_seconds of all seconds (vote=aug_score); failures: reason -> outputs that were no grid."""
 
     num_tasks: int = 0
     num_outputs: int = 0
@@ -65,6 +67,7 @@ class PredictStats:
     num_prompts: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
+    score_views: int = 0
     score_seconds: float = 0.0
     sized_outputs: int = 0
     input_copies: int = 0
@@ -320,7 +323,9 @@ class _Run:
     def scored(self, prediction: Prediction) -> Prediction:
         """The candidates with AugScore's reading of them."""
         began = self.seconds()
-        candidates = with_scores(
+        minutes = self.predict.minutes
+        end = math.inf if minutes is None else minutes * 60 * (1 - RESERVE)
+        candidates, self.stats.score_views = with_scores(
             self.model,
             self.tasks,
             prediction.candidates,
@@ -329,6 +334,7 @@ class _Run:
             context=self.context,
             max_tokens=self.max_tokens,
             precision=self.precision,
+            seconds_left=lambda: end - self.seconds(),
             report=lambda done, total: self._report(done, total, self.seconds() - began),
         )
         self.stats.score_seconds = self.seconds() - began

@@ -192,17 +192,25 @@ def _score(spec: str, submission: Submission, out: Path) -> tuple[ScoreReport, S
 def prediction_lines(config: SubmitConfig, prediction: Prediction, counts: BuildCounts) -> str:
     """What happened, for people: nothing that went wrong is left out."""
     stats = prediction.stats
-    rate = stats.new_tokens / stats.seconds if stats.seconds > 0 else 0.0
+    decoding = stats.seconds - stats.score_seconds
+    rate = stats.new_tokens / decoding if decoding > 0 else 0.0
     fewest = stats.fewest_views
     fewer = f" (some tasks have only {fewest} different ones)" if fewest < stats.views else ""
     lines = [
         f"predicted {stats.num_outputs} outputs in {stats.views} views{fewer}: "
-        f"{stats.num_prompts} decoded, {stats.new_tokens} tokens in {clock_text(stats.seconds)}, "
+        f"{stats.num_prompts} decoded, {stats.new_tokens} tokens in {clock_text(decoding)}, "
         f"{rate:.0f} tokens/s",
         f"size rule fixed {stats.sized_outputs} of {stats.num_outputs} outputs; "
         f"copies of the input dropped: {stats.input_copies}",
         counts.render(),
     ]
+    if config.predict.vote == "aug_score":
+        asked = config.predict.score_views
+        fewer = "" if stats.score_views == asked else f" of {asked} asked for"
+        lines.append(
+            f"read candidates anew in {stats.score_views} views{fewer}: "
+            f"{clock_text(stats.score_seconds)}"
+        )
     if stats.unknown_tasks:
         lines.append(
             f"note: {stats.unknown_tasks} tasks were not learnt in training and have no task "
@@ -303,6 +311,7 @@ def run_facts(
         "track": config.track,
         "seed": str(config.seed),
         "views": str(stats.views),
+        "vote": config.predict.vote,
         "prediction": f"{stats.seconds / 60:.2f} minutes",
         "fallbacks": str(counts.num_fallbacks),
         "failed decodings": str(stats.num_failures),

@@ -38,19 +38,24 @@ class AlignmentTerms:
 
 
 def alignment_terms(
-    logits_MV: Tensor, targets_M: Tensor, excursion_M: Tensor, twin_M: Tensor
+    logits_MV: Tensor, targets_M: Tensor, truth_M: Tensor, weight_M: Tensor, twin_M: Tensor
 ) -> AlignmentTerms:
     """The terms of one super-batch.
 
     Args:
         logits_MV: (M, V) float; targets_M: int64 (M,), IGNORE counts for nothing.
-        excursion_M: bool (M,), rows of self-fed prefixes. twin_M: int64 (M,), for such a row the
-            row of the true prefix that predicts the same place; IGNORE for none and elsewhere.
+        truth_M: bool (M,), rows of true prefixes.
+        weight_M: float (M,), how much a row counts in excursion and divergence; rows of the truth
+            have one too where an excursion wrote the truth (alignment_batch.py).
+        twin_M: int64 (M,), for a row of a self-fed prefix the row of the true prefix that predicts
+            the same place; IGNORE for none and elsewhere.
     """
     nll_M = F.cross_entropy(logits_MV, targets_M, reduction="none", ignore_index=IGNORE)
-    truth = nll_M.masked_fill(excursion_M, 0).sum()
+    truth = nll_M.masked_fill(~truth_M, 0).sum()
+    excursion = (nll_M.masked_fill(weight_M == 0, 0) * weight_M.to(nll_M.dtype)).sum()
     own_M = torch.nonzero(twin_M != IGNORE).squeeze(1)
     logp_MV = logits_MV[own_M].log_softmax(dim=-1)
     wanted_MV = logits_MV.detach()[twin_M[own_M]].log_softmax(dim=-1)
-    divergence = F.kl_div(logp_MV, wanted_MV, reduction="sum", log_target=True)
-    return AlignmentTerms(nll_M.masked_fill(~excursion_M, 0).sum(), truth, divergence)
+    divergence_M = F.kl_div(logp_MV, wanted_MV, reduction="none", log_target=True).sum(dim=-1)
+    divergence = (divergence_M * weight_M[own_M].to(divergence_M.dtype)).sum()
+    return AlignmentTerms(excursion, truth, divergence)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from tiny_onn.arc.packing import unpack
 from tiny_onn.config.schema import Config
+from tiny_onn.inference.excursion import Precision
 from tiny_onn.losses.alignment import AlignmentTerms, alignment_terms
 from tiny_onn.losses.language import IGNORE
 from tiny_onn.model.tiny_onn import ModelOutput
@@ -52,6 +53,8 @@ class Eavi(Pretrain):
         self.eavi = config.eavi
         self._causal = config.model.mask == "causal"
         self._nsa = config.nsa if config.model.attention == "nsa" else None
+        # On a CPU a step of decoding is slower in bf16 (exp/LOG.md).
+        self._precision: Precision = "bf16" if config.trainer.precision == "bf16" else "fp32"
         self._seed, self._rank = config.seed, rank
         self._settings = ExcursionSettings(
             feed=config.eavi.feed,
@@ -63,7 +66,7 @@ class Eavi(Pretrain):
         )
         self._tally = ExcursionTally()
         self._train: TrainBatch | None = None
-        self._excursion_M = self._twin_M = torch.empty(0)
+        self._aligned = torch.empty(0), torch.empty(0), torch.empty(0)
 
     def begin_step(self, batch: TrainBatch, share: float) -> TrainBatch:
         """Excursions of a part of the batch's documents, and the super-batch of all of them."""
@@ -77,12 +80,11 @@ class Eavi(Pretrain):
         excursions: list[list[Excursion]] = [[] for _ in documents]
         passed = 0
         if chosen:
-            precision = "bf16" if device.type == "cuda" else "fp32"
             found = make_excursions(
                 self.model,
                 [documents[i] for i in chosen],
                 self._settings,
-                precision=precision,
+                precision=self._precision if device.type == "cuda" else "fp32",
                 generator=generator,
             )
             for i, own in zip(chosen, found, strict=True):
@@ -93,8 +95,11 @@ class Eavi(Pretrain):
         aligned = align(documents, excursions)
         train = prepare(aligned.batch, batch.step, self._causal, rounding(device), self._nsa)
         filler = len(train.rows_M) - len(aligned.rows_M)
-        self._excursion_M = F.pad(aligned.excursion_M, (0, filler)).to(device)
-        self._twin_M = F.pad(aligned.twin_M, (0, filler), value=IGNORE).to(device)
+        self._aligned = (
+            F.pad(aligned.truth_M, (0, filler)).to(device),
+            F.pad(aligned.weight_M, (0, filler)).to(device),
+            F.pad(aligned.twin_M, (0, filler), value=IGNORE).to(device),
+        )
         self._train = replace(train, num_outputs=batch.num_outputs, excursion_tokens=passed).to(
             device
         )
@@ -103,10 +108,12 @@ class Eavi(Pretrain):
 
     def _choose(self, num_documents: int, share: float, step: int) -> list[int]:
         """Documents that take an excursion at this share of the budget, ascending."""
-        wanted = self.eavi.share_start + (self.eavi.share_end - self.eavi.share_start) * share
-        count = min(num_documents, round(wanted * num_documents))
         generator = torch.Generator().manual_seed(step_seed(self._seed, step, self._rank) ^ 0xC403)
-        return sorted(torch.randperm(num_documents, generator=generator)[:count].tolist())
+        wanted = self.eavi.share_start + (self.eavi.share_end - self.eavi.share_start) * share
+        # A fraction of a document is drawn, so that small batches take their share too.
+        count = int(wanted * num_documents + torch.rand(1, generator=generator).item())
+        order = torch.randperm(num_documents, generator=generator)
+        return sorted(order[: min(count, num_documents)].tolist())
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The alignment of what :meth:`begin_step` prepared from ``batch``."""
@@ -120,7 +127,7 @@ class Eavi(Pretrain):
     def align(self, train: TrainBatch) -> tuple[AlignmentTerms, ModelOutput]:
         """One forward over the super-batch of the last :meth:`begin_step`."""
         output = self.model(train.batch, train.rows_M, train.num_targets)
-        terms = alignment_terms(output.logits_MV, train.targets_M, self._excursion_M, self._twin_M)
+        terms = alignment_terms(output.logits_MV, train.targets_M, *self._aligned)
         self._tally.terms(terms)
         return terms, output
 

@@ -24,8 +24,8 @@ class ExcursionTally:
     def _begin(self) -> None:
         self._documents = self._taken = self._excursions = self._perfect = self._cut = 0
         self._colors = 0
-        self._fed = self._right = self._true_rows = self._own_rows = self._twins = 0
-        self._seconds = 0.0
+        self._fed = self._right = self._true_rows = 0
+        self._own_rows = self._seconds = 0.0
         self._terms: Tensor | None = None
 
     def excursions(
@@ -50,10 +50,8 @@ class ExcursionTally:
                 self._perfect += whole and bool(right.all())
                 self._cut += not excursion.ended
         self._documents += len(documents)
-        own_rows = int(aligned.excursion_M.sum())
-        self._own_rows += own_rows
-        self._true_rows += len(aligned.excursion_M) - own_rows
-        self._twins += int((aligned.twin_M >= 0).sum())
+        self._own_rows += float(aligned.weight_M.sum())
+        self._true_rows += int(aligned.truth_M.sum())
         self._seconds += seconds
 
     def terms(self, terms: AlignmentTerms) -> None:
@@ -65,7 +63,7 @@ class ExcursionTally:
         """Means of all processes since the last call, under ``eavi/``; collective. What there was
         nothing of is left out."""
         terms = [0.0, 0.0, 0.0] if self._terms is None else self._terms.tolist()
-        names = ("own_rows", "true_rows", "twins", "documents", "taken", "excursions", "perfect")
+        names = ("own_rows", "true_rows", "documents", "taken", "excursions", "perfect")
         names += ("cut", "fed", "colors", "right", "seconds")
         rows = channel.gather(*terms, *(getattr(self, f"_{name}") for name in names))
         excursion, truth, divergence, *counts = rows.sum(dim=0).tolist()
@@ -74,7 +72,7 @@ class ExcursionTally:
         quotients = {
             "excursion_nll": (excursion, count["own_rows"]),
             "truth_nll": (truth, count["true_rows"]),
-            "divergence": (divergence, count["twins"]),
+            "divergence": (divergence, count["own_rows"]),
             "share": (count["taken"], count["documents"]),
             "own_accuracy": (count["right"], count["colors"]),
             "perfect": (count["perfect"], count["excursions"]),

@@ -27,14 +27,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_onn.arc.packing import Batch, SoftTokens, pack
 from tiny_onn.arc.task import NUM_COLORS
-from tiny_onn.arc.tokens import END, IGNORE, MAX_DOCUMENT, NEWLINE, VOCAB, Document
+from tiny_onn.arc.tokens import END, IGNORE, MAX_DOCUMENT, VOCAB, Document
 from tiny_onn.inference.excursion import Precision, autocast, excursion
-from tiny_onn.inference.grammar import OutputState
+from tiny_onn.training.excursion_paths import FreePath, TruePath
 
 Feed = Literal["soft", "sample", "greedy", "single"]
 Geometry = Literal["truth", "free"]
@@ -116,11 +115,10 @@ def make_excursions(
         begin_with: for every document, output tokens to feed before the model's own (with the
             true geometry only).
     """
-    if settings.feed == "single":
-        assert begin_with is None and settings.geometry == "truth", settings
-        with excursion(model) as device, autocast(device, precision):
-            return _replaced(model, documents, settings, generator, device)
     with excursion(model) as device, autocast(device, precision):
+        if settings.feed == "single":
+            assert begin_with is None and settings.geometry == "truth", settings
+            return _replaced(model, documents, settings, generator, device)
         batch = _Excursions(model, documents, settings, generator, device, begin_with)
         batch.run()
         return batch.collect()
@@ -176,69 +174,6 @@ def _cooled(logits: Tensor, temperature: float) -> Tensor:
     return ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
 
 
-class _TruePath:
-    """NEWLINEs and the end are the true grid's; colours are free, but for those begun with."""
-
-    def __init__(
-        self, written: Sequence[Document], begun: Sequence[np.ndarray], device: torch.device
-    ) -> None:
-        longest = max(len(d.tokens) - d.prefix_len for d in written)
-        tokens_BT = np.full((len(written), longest), END)
-        places_BT2 = np.zeros((len(written), longest, 2), dtype=np.int64)
-        begun_B = np.zeros(len(written), dtype=np.int64)
-        for row, document in enumerate(written):
-            output = document.tokens[document.prefix_len :]
-            tokens_BT[row, : len(output)] = output
-            places_BT2[row, : len(output)] = document.positions[document.prefix_len :, :2]
-            # A token chosen instead of END would begin another row.
-            places_BT2[row, len(output) - 1] = 0, np.count_nonzero(output == NEWLINE)
-        for row, tokens in enumerate(begun):
-            tokens_BT[row, : len(tokens)] = tokens
-            begun_B[row] = len(tokens)
-        self.tokens_BT = torch.from_numpy(tokens_BT).to(device)
-        self.places_BT2 = torch.from_numpy(places_BT2).to(device)
-        self.begun_B = torch.from_numpy(begun_B).to(device)
-        self.step = 0
-
-    def legal(self) -> Tensor:
-        """bool (B, V): all colours where the truth is one, else the true token."""
-        token_B = self.tokens_BT[:, self.step]
-        legal_BV = F.one_hot(token_B, VOCAB).bool()
-        free_B = (token_B < NUM_COLORS) & (self.begun_B <= self.step)
-        legal_BV[:, :NUM_COLORS] |= free_B[:, None]
-        return legal_BV
-
-    def places(self) -> Tensor:
-        """int64 (B, 2): (x, y) of the next token."""
-        return self.places_BT2[:, self.step]
-
-    def advance(self, tokens_B: Tensor) -> None:
-        self.step += 1
-
-    def keep(self, index_B: Tensor) -> None:
-        for name in ("tokens_BT", "places_BT2", "begun_B"):
-            setattr(self, name, getattr(self, name)[index_B])
-
-
-class _FreePath:
-    """The model's own NEWLINEs and end, under the grammar."""
-
-    def __init__(self, written: Sequence[Document], device: torch.device) -> None:
-        self.state = OutputState([None] * len(written), True, device)
-
-    def legal(self) -> Tensor:
-        return self.state.legal()
-
-    def places(self) -> Tensor:
-        return self.state.positions()[:, :2]
-
-    def advance(self, tokens_B: Tensor) -> None:
-        self.state.advance(tokens_B)
-
-    def keep(self, index_B: Tensor) -> None:
-        self.state.keep(index_B)
-
-
 class _Excursions:
     """One batch. ``alive_B`` maps rows to excursions; each document has ``per_document`` of them in
     a row, in the order of the packed prompts."""
@@ -258,18 +193,17 @@ class _Excursions:
         prompts = pack([prompt_of(d) for d in documents])
         self.order = [i for i in prompts.order for _ in range(settings.per_document)]
         written = [documents[i] for i in self.order]
-        # Tokens that may be fed; the last choice of an excursion never is.
         if settings.geometry == "truth":
             begun = [] if begin_with is None else [begin_with[i] for i in self.order]
-            self.path: _TruePath | _FreePath = _TruePath(written, begun, device)
-            self.limits = [len(d.tokens) - d.prefix_len - 1 for d in written]
+            self.path: TruePath | FreePath = TruePath(written, begun, device)
         else:
             assert begin_with is None, "what is begun with stands in the true geometry"
-            self.path = _FreePath(written, device)
-            self.limits = [max(0, settings.max_tokens - d.prefix_len - 1) for d in written]
+            self.path = FreePath(written, settings.max_tokens, device)
+        # Tokens that may be fed; the last choice of an excursion never is.
+        self.most = most = max(self.path.limits)
         self._prefill(prompts)
-        num, most = len(written), max(self.limits)
-        self.limit_B = torch.tensor(self.limits, device=device)
+        num = len(written)
+        self.limit_B = torch.tensor(self.path.limits, device=device)
         self.plane_B = torch.tensor([d.positions[d.prefix_len, 2] for d in written], device=device)
         self.tokens_GT = torch.full((num, most), END, device=device)
         self.places_GT2 = torch.zeros(num, most + 1, 2, dtype=torch.int64, device=device)
@@ -280,9 +214,7 @@ class _Excursions:
         self.open_B = torch.ones(num, dtype=torch.bool, device=device)
 
     def _prefill(self, prompts: Batch) -> None:
-        self.logits_BV, self.cache = self.model.prefill(
-            prompts.to(self.device), max(self.limits) + 1
-        )
+        self.logits_BV, self.cache = self.model.prefill(prompts.to(self.device), self.most + 1)
         if self.settings.per_document > 1:
             index_B = torch.arange(len(self.logits_BV), device=self.device)
             index_B = index_B.repeat_interleave(self.settings.per_document)
@@ -290,14 +222,15 @@ class _Excursions:
             self.cache.keep(index_B)
 
     def run(self) -> None:
-        for step in range(max(self.limits) + 1):
+        for step in range(self.most + 1):
             tokens_B, colors_BV = self._choose()
             self.places_GT2[self.alive_B, step] = self.path.places()
             self.ended_G[self.alive_B] |= self.open_B & (tokens_B == END)
             self.open_B &= (tokens_B != END) & (self.limit_B > step)
-            if not self.open_B.any():
+            rows = self.path.going_on(self.open_B)
+            if rows == [] or step == self.most:
                 return
-            kept_B = self._leave()
+            kept_B = None if rows is None else self._leave(rows)
             if kept_B is not None:
                 tokens_B, colors_BV = tokens_B[kept_B], colors_BV[kept_B]
             self._feed(step, tokens_B, colors_BV)
@@ -316,13 +249,18 @@ class _Excursions:
         colors_BV[:, :NUM_COLORS] = _cooled(logits_BV[:, :NUM_COLORS], temperature).float()
         return tokens_B, colors_BV
 
-    def _leave(self) -> Tensor | None:
-        """Drop closed rows once they are many; which ones stay, None if all do."""
-        closed = len(self.open_B) - int(self.open_B.sum())
-        if closed < LEAVE_SHARE * len(self.open_B):
+    def _leave(self, rows: list[int]) -> Tensor | None:
+        """Drop all but ``rows`` once the others are many; which ones stay, None if all do.
+
+        Two rows always stay: for one row compiled parts would be compiled anew.
+        """
+        if len(rows) == 1:
+            rows = [rows[0], rows[0] - 1] if rows[0] else [0, 1]
+        num = len(self.open_B)
+        if num - len(rows) < LEAVE_SHARE * num:
             return None
-        index_B = torch.nonzero(self.open_B).squeeze(-1)
-        self.path.keep(index_B)
+        index_B = torch.tensor(rows, device=self.device)
+        self.path.keep(rows, index_B)
         self.cache.keep(index_B)
         for name in ("alive_B", "open_B", "limit_B", "plane_B"):
             setattr(self, name, getattr(self, name)[index_B])

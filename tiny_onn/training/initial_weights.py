@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from tiny_onn.config.schema import Config
 from tiny_onn.errors import UserError
-from tiny_onn.model.checkpoint import load_model
+from tiny_onn.model.checkpoint import WEIGHTS, checkpoint_folder, load_model
 from tiny_onn.model.tiny_onn import TinyONN
 from tiny_onn.training.run_folder import flatten
 
@@ -60,7 +62,46 @@ def begin_with(model: TinyONN, config: Config, task_ids: Sequence[str]) -> dict[
         if name in own:
             state[name] = _rows_by_task(own[name], state[name], rows)
     model.load_state_dict(state)
-    return loaded.provenance | {"new_tasks": rows.count(-1)}
+    return loaded.provenance | {
+        "new_tasks": rows.count(-1),
+        "weights_sha256": weights_sha256(config.init_from),
+    }
+
+
+def weights_sha256(run: str) -> str:
+    """Of the weights in the checkpoint of ``run``.
+
+    Raises:
+        UserError: it has none.
+    """
+    digest = hashlib.sha256()
+    with open(checkpoint_folder(run) / WEIGHTS, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def require_same_beginning(config: Config, began_with: str) -> None:
+    """A run is gone on with, or kept, only if it began with what ``config.init_from`` holds now.
+
+    Nothing is asked of an init_from that is no longer there: its weights are not needed again.
+
+    Args:
+        began_with: :func:`weights_sha256` at the run's beginning.
+
+    Raises:
+        UserError: ``init_from`` was trained anew since.
+    """
+    assert config.init_from is not None
+    if not Path(config.init_from).exists():
+        return
+    now = weights_sha256(config.init_from)
+    if now != began_with:
+        raise UserError(
+            f"run folder '{config.out}' began with other weights of init_from={config.init_from} "
+            f"(sha256 {began_with[:12]}, now {now[:12]}); expected the same; choose another out, "
+            "or resume=false to start over"
+        )
 
 
 def _rows_by_task(own: Tensor, theirs: Tensor, rows: Sequence[int]) -> Tensor:

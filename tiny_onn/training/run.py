@@ -33,7 +33,7 @@ from tiny_onn.training.datamodule import Positions, PretrainData
 from tiny_onn.training.eavi import Eavi
 from tiny_onn.training.expert_reset import ExpertReset
 from tiny_onn.training.hardware import with_precision
-from tiny_onn.training.initial_weights import begin_with
+from tiny_onn.training.initial_weights import begin_with, require_same_beginning
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
     make_trainer,
@@ -115,7 +115,9 @@ class _Run:
     def execute(self) -> int:
         config = self.config
         ensure_writable_dir(self.folder)
-        if config.resume and finished(self.folder, config):
+        if config.resume and (done := finished(self.folder, config)):
+            if config.init_from is not None:
+                require_same_beginning(config, done["init_from"]["weights_sha256"])
             self.say(
                 f"{self.folder} holds a finished run of this configuration; nothing to do "
                 "(resume=false trains it anew)"
@@ -129,7 +131,7 @@ class _Run:
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(corpus.task_ids), config.moe, config.nsa)
         initial = self._begin(model, corpus, restored)
-        identity = {"config": asdict(config), "data": data_hash}
+        identity = {"config": asdict(config), "data": data_hash, "init_from": initial}
         budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
         module = self._module(model)
         reset = self._expert_reset(lambda: loop, restored)
@@ -200,13 +202,16 @@ class _Run:
         config = self.config
         if config.init_from is None:
             return None
+        if restored is not None:  # with its own weights
+            initial = restored.state["init_from"]
+            require_same_beginning(config, initial["weights_sha256"])
+            return initial
         initial = begin_with(model, config, corpus.task_ids)
-        if restored is None:
-            new = initial["new_tasks"]
-            self.say(
-                f"weights of {config.init_from}: {initial['steps']} steps, "
-                f"{initial['tokens']:,} tokens" + (f"; {new} tasks are new" if new else "")
-            )
+        new = initial["new_tasks"]
+        self.say(
+            f"weights of {config.init_from}: {initial['steps']} steps, "
+            f"{initial['tokens']:,} tokens" + (f"; {new} tasks are new" if new else "")
+        )
         return initial
 
     def _module(self, model: TinyONN) -> Pretrain:

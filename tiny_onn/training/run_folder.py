@@ -73,18 +73,18 @@ def require_same_run(folder: Path, state: dict[str, Any], config: Config, data_h
         )
 
 
-def finished(folder: Path, config: Config) -> bool:
-    """Whether ``folder`` holds a finished run of ``config``.
+def finished(folder: Path, config: Config) -> dict[str, Any] | None:
+    """Metrics of the finished run of ``config`` that ``folder`` holds; None if there is none.
 
     Raises:
         UserError: a finished run of another configuration.
     """
     try:
-        done = json.loads((folder / METRICS).read_text()).get("finished", False)
+        metrics = json.loads((folder / METRICS).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    if not done or not (folder / CHECKPOINT).is_dir():
-        return False
+        return None
+    if not metrics.get("finished", False) or not (folder / CHECKPOINT).is_dir():
+        return None
     saved = load_saved_config(folder / CHECKPOINT / "config.yaml")
     _require_same_config(folder, asdict(saved), config)
-    return True
+    return metrics
