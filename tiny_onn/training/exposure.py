@@ -5,8 +5,8 @@ model's own. A model whose colours are right in the first way and not in the sec
 its own mistakes, which is what EAVI is for.
 
 The gap is one of colours, not of whole outputs: a greedy output is right exactly where every token
-is likeliest after the true ones, for until its first mistake its prefix is the true one. Exact match
-on own prefixes and on true ones is the same number for every model.
+is likeliest after the true ones, for until its first mistake its prefix is the true one. Exact
+match on own prefixes and on true ones is the same number for every model.
 
 Shapes: T tokens of an output.
 """
@@ -37,9 +37,9 @@ class Exposure:
     exact_forced: all colours likeliest on true prefixes; exact_free: on own ones, with the true
     geometry (the same number, up to rounding). colors_forced, colors_own: share of the colours
     that are right on true and on own prefixes; gap: their difference. nll_forced, nll_own: of the
-    truth on true and on own (greedy) prefixes. recovery: after a wrong colour at a random cell of the first half, the share of
-    outputs whose later colours are all right (over ``num_injected``); recovery_cells: the share of
-    those colours.
+    truth on true and on own (greedy) prefixes. recovery: after a wrong colour at a random cell of
+    the first half, the share of outputs whose later colours are all right (over
+    ``num_injected``); recovery_cells: the share of those colours.
     """
 
     exact_forced: float
