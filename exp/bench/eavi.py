@@ -2,13 +2,15 @@
 
     python exp/bench/eavi.py [--quick] [--device cpu|cuda] [--threads N] [--network sparse|dense]
 
-1. Preset nano, real batches: seconds of the excursion (feed=soft, true geometry), of the
-   alignment's forward and of its backward; the excursion's share, and over the backward.
+1. Preset nano as stage eavi runs it (compiled where a compiler is), real batches: seconds of the
+   excursion (feed=soft, true geometry), of the alignment's forward and of its backward; the
+   excursion's share, and over the backward. For 4 times the documents in one excursion too.
 2. Outputs of 56, 110 and 210 tokens, dense network, each arm in a process of its own:
    - decoupled: excursion without gradient, one parallel alignment, one backward;
    - through the cache: the same outputs written with gradient, keys and values kept with their
      graph, one backward through all steps (the cheapest way to go back through the generation);
-   - recomputed: every step a whole forward of all tokens so far, with its graph.
+   - recomputed: every step a whole forward of all tokens so far, with its graph;
+   - excursion: the writing alone, whose peak is to be the cache's and nothing that grows beside it.
    In float64 all arms' loss on the self-fed prefix must be the same number first.
 3. Excursion against writing the same tokens without a cache (no gradient).
 """
@@ -24,7 +26,14 @@ from processes import peak_mib, run_child
 GRIDS = {56: (7, 7), 110: (10, 10), 210: (14, 14)}
 """Tokens of an output (END not counted): height and width of input and output."""
 
-BATCHES = {"decoupled": 8, "through the cache": 8, "decoupled, 2": 2, "recomputed": 2}
+BATCHES = {
+    "decoupled": 8,
+    "through the cache": 8,
+    "decoupled, 2": 2,
+    "recomputed": 2,
+    "excursion": 8,
+    "excursion, 64": 64,
+}
 """Arm -> documents; recomputed graphs of 8 do not fit."""
 
 TARGET = 10.0
@@ -38,14 +47,28 @@ def child(args: Any, arm: str, tokens: int) -> dict[str, Any]:
     device = prepare(args)
     way = Way(device, BATCHES[arm], tokens, double=False)
     run = way.arms()[arm.split(",")[0]]
-    began = peak_mib()
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def peak() -> float:
+        return torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else peak_mib()
+
+    began = peak()
     seconds = []
     for _ in range(1 if args.quick else 4):
         start = time.perf_counter()
         run()
         wait_for(device)
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds[1:] or seconds, "peak_mib": peak_mib(), "before_mib": began}
+    return {
+        "seconds": seconds[1:] or seconds,
+        "peak_mib": peak(),
+        "before_mib": began,
+        "cache_mib": way.cache_mib(),
+    }
 
 
 class Way:
@@ -62,8 +85,8 @@ class Way:
         from tiny_onn.model.tiny_onn import build_model
 
         torch.manual_seed(0)
-        config = load_config(["preset=nano", "network=dense"]).model
-        self.model = wake(build_model(config, count)).to(device).eval()
+        self.config = load_config(["preset=nano", "network=dense"]).model
+        self.model = wake(build_model(self.config, count)).to(device).eval()
         self.model.use_backend("sdpa", device)
         if double:
             self.model.double()
@@ -82,7 +105,19 @@ class Way:
             "decoupled": self.decoupled,
             "through the cache": self.through_the_cache,
             "recomputed": self.recomputed,
+            "excursion": self.excursion,
         }
+
+    def cache_mib(self) -> float:
+        """Keys and values, float32, of prompts and outputs whole."""
+        config, tokens = self.config, sum(len(d.tokens) for d in self.documents)
+        return tokens * config.layers * 2 * config.kv_heads * config.head_width * 4 / 2**20
+
+    def excursion(self) -> float:
+        from tiny_onn.training.excursions import ExcursionSettings, make_excursions
+
+        make_excursions(self.model, self.documents, ExcursionSettings())
+        return 0.0
 
     def _back(self, loss: Any) -> float:
         self.model.zero_grad(set_to_none=True)
@@ -261,7 +296,7 @@ def check() -> None:
     from timing import require
 
     way = Way(torch.device("cpu"), 2, 56, double=True)
-    found = {name: run() for name, run in way.arms().items()}
+    found = {name: run() for name, run in way.arms().items() if name != "excursion"}
     first = found["decoupled"]
     require(all(abs(v / first - 1) < 1e-6 for v in found.values()), f"losses differ: {found}")
 
@@ -269,27 +304,33 @@ def check() -> None:
 def own_step(args: Any, device: Any) -> dict[str, Any]:
     """Section 1."""
     import torch
-    from timing import spread, wait_for, wake
+    from timing import ratios, spread, wait_for, wake
 
     from tiny_onn.arc.corpus import build_corpus
     from tiny_onn.arc.dataset import EpochBatches
+    from tiny_onn.arc.packing import unpack
     from tiny_onn.config.load import load_config
     from tiny_onn.model.tiny_onn import build_model
+    from tiny_onn.training.compiler import compile_model
     from tiny_onn.training.datamodule import prepare as prepare_batch
     from tiny_onn.training.datamodule import rounding
     from tiny_onn.training.eavi import Eavi
+    from tiny_onn.training.excursions import ExcursionSettings, make_excursions
 
-    config = load_config(
-        ["preset=nano", "stage=eavi", "init_from=unused", f"network={args.network}"]
-    )
+    words = ["preset=nano", "stage=eavi", "init_from=unused", f"network={args.network}"]
+    # All documents and excursions, whatever is the default: the bench is of a whole step.
+    config = load_config([*words, "eavi.feed=soft", "eavi.share_start=1", "eavi.share_end=1"])
     corpus = build_corpus(config.data, 0)
     model = wake(build_model(config.model, len(corpus.task_ids), config.moe, config.nsa)).to(device)
     model.use_backend("auto", device, "bf16")
+    compiled = not args.quick and not args.eager
+    if compiled:
+        compile_model(model, device)
     module = Eavi(model, config)
     epochs = EpochBatches(corpus, config.data, 0)
     seconds: dict[str, list[float]] = {"excursion": [], "forward": [], "backward": []}
-    tokens, batches = 0, 2 if args.quick else NUM_BATCHES
-    for number in range(batches + 1):
+    tokens, batches, warm_up = 0, 2 if args.quick else NUM_BATCHES, 1 if args.quick else 4
+    for number in range(batches + warm_up):
         batch = prepare_batch(epochs.batch(0, number), number, multiple=rounding(device)).to(device)
         marks = [time.perf_counter()]
         train = module.begin_step(batch, 1.0)
@@ -304,19 +345,32 @@ def own_step(args: Any, device: Any) -> dict[str, Any]:
         loss.backward()
         wait_for(device)
         marks.append(time.perf_counter())
-        if number:  # the first one warms up
+        if number >= warm_up:
             for name, a, b in zip(seconds, marks[:-1], marks[1:], strict=True):
                 seconds[name].append(b - a)
             tokens += train.excursion_tokens
     total = [sum(parts) for parts in zip(*seconds.values(), strict=True)]
     shares = [e / t for e, t in zip(seconds["excursion"], total, strict=True)]
     over = [e / b for e, b in zip(seconds["excursion"], seconds["backward"], strict=True)]
+    wide: dict[int, list[float]] = {1: [], 4: []}
+    for number in range(0, batches, 4):
+        documents = [
+            document for k in range(number, number + 4) for document in unpack(epochs.batch(0, k))
+        ]
+        count = len(documents) // 4
+        for width in wide:
+            began = time.perf_counter()
+            make_excursions(model, documents[: width * count], ExcursionSettings())
+            wait_for(device)
+            wide[width].append((time.perf_counter() - began) / width)
     return {
         "network": args.network,
+        "compiled": compiled,
         "batch_tokens": config.data.batch_tokens,
         "milliseconds": {name: spread(taken, 1e3, 1) for name, taken in seconds.items()},
         "excursion_share": spread(shares),
         "excursion_over_backward": spread(over),
+        "four_batches_at_once": ratios(wide[1], wide[4]),
         "excursion_tokens_per_s": round(tokens / sum(seconds["excursion"])),
     }
 
@@ -385,6 +439,12 @@ def main() -> None:
         }
         for slow, fast in (("through the cache", "decoupled"), ("recomputed", "decoupled, 2"))
     }
+
+    def more(arm: str, tokens: int) -> float:
+        """MiB of the arm's peak beyond what it began with."""
+        one = found[arm][tokens]
+        return one["peak_mib"] - one["before_mib"]
+
     print(f"preset nano, network {args.network}: milliseconds a step of one batch")
     print_table(
         ["part", "ms"],
@@ -393,8 +453,8 @@ def main() -> None:
     print(
         f"excursion: {text(step['excursion_share'])} of the three, "
         f"{text(step['excursion_over_backward'])} of the backward, "
-        f"{step['excursion_tokens_per_s']:,} tokens/s; cached over uncached writing "
-        f"{text(cache['gain'])}"
+        f"{step['excursion_tokens_per_s']:,} tokens/s, {text(step['four_batches_at_once'])} times "
+        f"as many with four batches at once; cached over uncached writing {text(cache['gain'])}"
     )
     print_table(
         ["output tokens", *(f"{arm}: s, MiB" for arm in BATCHES), *gains],
@@ -402,8 +462,7 @@ def main() -> None:
             [
                 str(n),
                 *(
-                    f"{spread(found[arm][n]['seconds'])['median']:.2f}, "
-                    f"{found[arm][n]['peak_mib'] - found[arm][n]['before_mib']:,.0f}"
+                    f"{spread(found[arm][n]['seconds'])['median']:.2f}, {more(arm, n):,.0f}"
                     for arm in BATCHES
                 ),
                 *(text(gains[name][n], 1) for name in gains),
@@ -412,6 +471,20 @@ def main() -> None:
         ],
     )
     reached = {name: gain[lengths[-1]]["median"] >= TARGET for name, gain in gains.items()}
+    print_table(
+        ["output tokens", "excursion of 8, of 64: MiB of the cache, MiB more than that"],
+        [
+            [
+                str(n),
+                "; ".join(
+                    f"{found[arm][n]['cache_mib']:.1f}, "
+                    f"{more(arm, n) - found[arm][n]['cache_mib']:,.1f}"
+                    for arm in ("excursion", "excursion, 64")
+                ),
+            ]
+            for n in lengths
+        ],
+    )
     print(f"target {TARGET:g}x at {lengths[-1]} tokens reached: {reached}")
     write_result(
         "eavi",
@@ -435,6 +508,7 @@ def read_arguments() -> Any:
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     made.add_argument("--threads", type=int, default=0, help="0: torch's default")
     made.add_argument("--network", default="sparse", choices=("sparse", "dense"))
+    made.add_argument("--eager", action="store_true", help="section 1 uncompiled")
     made.add_argument("--child", help=argparse.SUPPRESS)
     return made.parse_args()
 

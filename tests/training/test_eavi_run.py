@@ -10,9 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tiny_onn.config.schema import DeepEmbedConfig, EaviConfig, NsaConfig
+from tiny_onn.config.schema import (
+    DataConfig,
+    DeepEmbedConfig,
+    EaviConfig,
+    ModelConfig,
+    NsaConfig,
+    TrainerConfig,
+)
 from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.tiny_onn import build_model
@@ -183,6 +190,128 @@ def test_it_learns_to_be_right_on_its_own_outputs(pretrained):
     assert np.mean(found[-10:]) > max(0.97, np.mean(found[:10]))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": {"loops": 2}},
+        {"data": {"context": "demos", "max_tokens": 300}},
+        {"optim": {"ema_decay": 0.9}},
+        {"eavi": {"feed": "sample", "excursions_per_document": 3}},
+    ],
+    ids=["loops", "demos", "ema", "several"],
+)
+def test_it_goes_with_the_rest(pretrained, settings):
+    _, second = pretrained(**settings)
+    assert run_training(second) == 0
+    facts = json.loads((Path(second.out) / "checkpoint" / "provenance.json").read_text())
+    assert np.isfinite([float(row["loss"]) for row in rows(second)]).all()
+    assert facts["excursion_tokens"] > 0
+
+
+def test_several_excursions_weigh_as_much_as_one(pretrained):
+    """feed=sample so cold that all are the likeliest output."""
+    _, one = pretrained(eavi={"feed": "sample", "temperature": 1e-6, "divergence_weight": 0.2})
+    many = replace(one, out=one.out + "3", eavi=replace(one.eavi, excursions_per_document=3))
+    for config in (one, many):
+        assert run_training(config) == 0
+    for a, b in zip(rows(one), rows(many), strict=True):
+        for name in ("eavi/truth_nll", "eavi/excursion_nll", "eavi/divergence", "grad_norm"):
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=2e-3), name
+
+
+@pytest.mark.slow
+def test_compiled_blocks_write_and_learn_as_plain_ones(pretrained):
+    _, plain = pretrained(eavi={"feed": "greedy"}, budget={"steps": 3}, model={"layers": 2})
+    compiled = replace(
+        plain, out=plain.out + "-compiled", trainer=replace(plain.trainer, compile=True)
+    )
+    for config in (plain, compiled):
+        assert run_training(config) == 0
+    a, b = rows(plain)[0], rows(compiled)[0]
+    for name in ("loss", "eavi/excursion_nll", "eavi/own_accuracy", "grad_norm"):
+        assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(pretrained, start, tmp_path):
+    """Batches are dealt out, losses are means over both, and weights stay alike."""
+    given = {"feed": "greedy", "divergence_weight": 0.1}
+    _, one = pretrained(eavi=given, budget={"steps": 5}, **SPARSE)
+    assert run_training(one) == 0
+    two = replace(
+        one, out=str(tmp_path / "two"), trainer=replace(one.trainer, devices=2, strategy="ddp")
+    )
+    process = start(two, prelude=WITNESS)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    ranks = [torch.load(tmp_path / "two" / f"rank{r}.pt") for r in (0, 1)]
+    for name, value in ranks[0].items():
+        assert torch.equal(value, ranks[1][name]), name
+    a, b = rows(one)[0], rows(two)[0]
+    for name in ("eavi/truth_nll", "eavi/excursion_nll", "eavi/share"):
+        assert float(a[name]) == pytest.approx(float(b[name]), rel=0.1), name
+    facts = [
+        json.loads((Path(c.out) / "checkpoint" / "provenance.json").read_text()) for c in (one, two)
+    ]
+    assert facts[0]["excursion_tokens"] == pytest.approx(facts[1]["excursion_tokens"], rel=0.3)
+
+
+WITNESS = """
+import torch
+from tiny_onn.training.loop import RunLoop
+
+original = RunLoop.on_train_end
+
+def on_train_end(self, trainer, module):
+    found = {k: v.clone() for k, v in module.state_dict().items()}
+    torch.save(found, f"{self.config.out}/rank{trainer.global_rank}.pt")
+    original(self, trainer, module)
+
+RunLoop.on_train_end = on_train_end
+"""
+
+
+@pytest.fixture
+def retrained(pretrained):
+    """A run of stage eavi as far as asked for, and its init_from with other weights since."""
+
+    def make(run):
+        first, second = pretrained(steps=2, budget={"steps": 8})
+        own = Path(second.out + "-first")
+        shutil.copytree(first.out, own)
+        second = replace(second, init_from=str(own))
+        run(second)
+        weights_file = own / "checkpoint" / "weights.safetensors"
+        state = {k: v + 1 for k, v in load_file(weights_file).items()}
+        save_file(state, weights_file)
+        return second, own
+
+    return make
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_weights(retrained):
+    second, own = retrained(run_training)
+    with pytest.raises(UserError, match="began with other weights.*resume=false") as caught:
+        run_training(second)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(own)
+    assert run_training(second) == 0  # there is nothing left to compare it with
+
+
+def test_a_stopped_run_does_not_go_on_from_other_weights(retrained, interrupt):
+    def stop(config):
+        with interrupt(3, signal.SIGTERM):
+            assert run_training(config) == 143
+
+    second, own = retrained(stop)
+    with pytest.raises(UserError, match="began with other weights"):
+        run_training(second)
+    shutil.rmtree(own)
+    assert run_training(second) == 0
+    facts = json.loads((Path(second.out) / "checkpoint" / "provenance.json").read_text())
+    assert facts["init_from"]["steps"] == 2 and facts["steps"] == 8
+
+
 BAD = [
     ({"init_from": None}, {}, "got stage=eavi without init_from"),
     ({}, {"excursions_per_document": 2}, "give eavi.feed=sample"),
@@ -192,6 +321,13 @@ BAD = [
     ({}, {"temperature": -1.0}, "eavi.temperature=-1.0; expected a number at least 0"),
     ({}, {"share_end": 1.5}, "eavi.share_end=1.5; expected a number from 0 to 1"),
     ({"init_from": "runs/nothing"}, {}, "checkpoint 'runs/nothing' does not exist"),
+    ({"data": DataConfig(loss_on_inputs=True)}, {}, "excursions are of outputs only"),
+    ({"trainer": TrainerConfig(strategy="fsdp")}, {}, "give trainer.strategy=ddp"),
+    (
+        {"model": ModelConfig(deep_embed=DeepEmbedConfig(keys=["token"], store="memmap"))},
+        {},
+        "give model.deep_embed.store=dense",
+    ),
 ]
 
 

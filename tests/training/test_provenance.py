@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +32,16 @@ def test_flops_of_the_weights_are_those_torch_counts(tiny, loops, modulation):
     )
     counted = counter.get_flop_counts()["Global"]
     assert train_flops(model, config.model, totals) == counted[torch.ops.aten.mm]
+
+
+def test_a_token_of_an_excursion_counts_as_the_forward_part_of_one_trained_on(tiny):
+    config = tiny()
+    model = build_model(config.model, 3)
+    trained = RunTotals(tokens=300, targets=90, documents=6, visible_pairs=5000, full_pairs=5000)
+    plain = train_flops(model, config.model, trained)
+    assert train_flops(model, config.model, replace(trained, excursion_tokens=150)) == (
+        plain + plain // 6
+    )
 
 
 def test_visible_pairs_are_those_of_the_mask(tiny):
