@@ -183,7 +183,8 @@ def submitted(run: Path, seed: int, threads: int) -> dict[str, float]:
 
 
 COLUMNS = (
-    ("exact_forced", "exposure", "exact match"),
+    ("exact_forced", "exposure", "exact, true prefix"),
+    ("exact_match", "holdout", "exact, free-running"),
     ("colors_forced", "exposure", "colours, true prefix"),
     ("colors_own", "exposure", "colours, own prefix"),
     ("gap", "exposure", "gap"),
@@ -191,7 +192,6 @@ COLUMNS = (
     ("nll_own", "exposure", "NLL, own prefix"),
     ("recovery", "exposure", "recovery"),
     ("recovery_cells", "exposure", "recovery, cells"),
-    ("exact_match", "holdout", "exact, free-running"),
     ("task_mean_pass2", "evaluation", "task mean pass@2"),
     ("seconds_per_step", None, "s/step"),
     ("tokens", None, "tokens"),

@@ -4,7 +4,7 @@
 
 The runs were trained with data.holdout=train_tests. Candidates are decoded once, read by AugScore
 once, and ranked by each rule; evaluation tasks are not asked. Task means over the held-out outputs.
-Writes exp/results/votes_<run>.json.
+Writes exp/results/votes_<run>.json, the run's path with _ between its parts.
 """
 
 from __future__ import annotations
@@ -83,6 +83,12 @@ def compare(run: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def result_name(run: str) -> str:
+    """runs/eavi/soft_seed0 -> eavi_soft_seed0."""
+    parts = [part for part in Path(run).parts if part not in ("/", ".", "..", "runs", "checkpoint")]
+    return "_".join(parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+")
@@ -96,7 +102,7 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     for run in args.runs:
         result = compare(run, args)
-        path = RESULTS / f"votes_{Path(run).name}.json"
+        path = RESULTS / f"votes_{result_name(run)}.json"
         atomic_write_text(path, json.dumps(result, indent=1) + "\n")
         print(f"{run}: {result['outputs']} outputs of {result['tasks']} tasks")
         for rule, shares in result["rules"].items():

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tiny_onn.arc.task import Pair
+from tiny_onn.arc.tokens import encode_pair
 from tiny_onn.config.schema import (
     DataConfig,
     DeepEmbedConfig,
@@ -147,6 +149,27 @@ def test_the_share_of_excursions_follows_its_curriculum(pretrained):
     for step, share in enumerate(shares):
         assert share == pytest.approx(step / 12, abs=0.2), step
     assert shares[0] < 0.2 and shares[-1] > 0.8
+
+
+def test_documents_of_like_length_are_chosen_and_all_of_them_equally_often(tiny):
+    eavi = EaviConfig(share_start=0.3, share_end=0.3)
+    config = replace(tiny(), eavi=eavi, init_from="x")
+    module = Eavi(build_model(config.model, 1), config)
+    rng = np.random.default_rng(0)
+    grids = [np.zeros((rng.integers(1, 9), rng.integers(1, 9)), np.uint8) for _ in range(11)]
+    documents = [encode_pair(Pair(grid, grid), task=0) for grid in grids]
+    lengths = sorted((len(d.tokens) - d.prefix_len, i) for i, d in enumerate(documents))
+    rank_of = {i: rank for rank, (_, i) in enumerate(lengths)}
+    counts, times = [], np.zeros(11)
+    for step in range(3000):
+        chosen = module._choose(documents, 0.5, step)
+        assert len(set(chosen)) == len(chosen)
+        ranks = [rank_of[i] for i in chosen]
+        assert ranks == [(ranks[0] + k) % 11 for k in range(len(ranks))]
+        counts.append(len(chosen))
+        times[chosen] += 1
+    assert set(counts) == {3, 4} and np.mean(counts) == pytest.approx(3.3, abs=0.05)
+    np.testing.assert_allclose(times / 3000, 0.3, atol=0.04)
 
 
 @pytest.mark.parametrize("settings", [{}, SPARSE], ids=["dense", "sparse"])
@@ -321,7 +344,11 @@ BAD = [
     ({}, {"temperature": -1.0}, "eavi.temperature=-1.0; expected a number at least 0"),
     ({}, {"share_end": 1.5}, "eavi.share_end=1.5; expected a number from 0 to 1"),
     ({"init_from": "runs/nothing"}, {}, "checkpoint 'runs/nothing' does not exist"),
-    ({"data": DataConfig(loss_on_inputs=True)}, {}, "excursions are of outputs only"),
+    (
+        {"data": DataConfig(loss_on_inputs=True), "model": ModelConfig(mask="causal")},
+        {},
+        "excursions are of outputs only",
+    ),
     ({"trainer": TrainerConfig(strategy="fsdp")}, {}, "give trainer.strategy=ddp"),
     (
         {"model": ModelConfig(deep_embed=DeepEmbedConfig(keys=["token"], store="memmap"))},

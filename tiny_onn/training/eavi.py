@@ -21,6 +21,7 @@ With ``eavi.feed=soft`` no colour is argmaxed on the way but where a table is lo
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.arc.packing import unpack
+from tiny_onn.arc.tokens import Document
 from tiny_onn.config.schema import Config
 from tiny_onn.inference.excursion import Precision
 from tiny_onn.losses.alignment import AlignmentTerms, alignment_terms
@@ -76,7 +78,7 @@ class Eavi(Pretrain):
         # Not the stream that dropout draws from.
         generator.manual_seed(step_seed(self._seed, batch.step, self._rank) ^ 0xE471)
         documents = unpack(batch.batch)
-        chosen = self._choose(len(documents), share, batch.step)
+        chosen = self._choose(documents, share, batch.step)
         excursions: list[list[Excursion]] = [[] for _ in documents]
         passed = 0
         if chosen:
@@ -106,14 +108,21 @@ class Eavi(Pretrain):
         self._tally.excursions(documents, excursions, aligned, time.monotonic() - began)
         return self._train
 
-    def _choose(self, num_documents: int, share: float, step: int) -> list[int]:
-        """Documents that take an excursion at this share of the budget, ascending."""
+    def _choose(self, documents: Sequence[Document], share: float, step: int) -> list[int]:
+        """Documents that take an excursion at this share of the budget.
+
+        Neighbours by length, from a random one on (the shortest follow the longest): all are
+        equally likely, and few write on while most have ended.
+        """
+        num = len(documents)
         generator = torch.Generator().manual_seed(step_seed(self._seed, step, self._rank) ^ 0xC403)
+        fraction, first = torch.rand(2, generator=generator).tolist()
         wanted = self.eavi.share_start + (self.eavi.share_end - self.eavi.share_start) * share
         # A fraction of a document is drawn, so that small batches take their share too.
-        count = int(wanted * num_documents + torch.rand(1, generator=generator).item())
-        order = torch.randperm(num_documents, generator=generator)
-        return sorted(order[: min(count, num_documents)].tolist())
+        count = min(num, int(wanted * num + fraction))
+        lengths = [len(d.tokens) - d.prefix_len for d in documents]
+        by_length = sorted(range(num), key=lengths.__getitem__)
+        return [by_length[(int(first * num) + k) % num] for k in range(count)]
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The alignment of what :meth:`begin_step` prepared from ``batch``."""
