@@ -61,7 +61,7 @@ def pretrained(tiny, tmp_path, finished):
             tiny(budget=budget or {"steps": 6}, **settings),
             stage="eavi",
             init_from=runs[name].out,
-            eavi=EaviConfig(**(eavi or {})),
+            eavi=EaviConfig(**({"share_start": 1.0, "share_end": 1.0} | (eavi or {}))),
             out=str(tmp_path / "eavi"),
         )
         return runs[name], second

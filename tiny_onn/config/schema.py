@@ -163,10 +163,10 @@ class EaviConfig:
     )
     temperature: float = key(1.0, "temperature of what is fed (0: greedy)")
     excursions_per_document: int = key(1, "self-fed outputs of one document; above 1: feed=sample")
-    share_start: float = key(1.0, "share of the documents that take an excursion, at the start")
-    share_end: float = key(1.0, "the same at the end of the budget; linear between the two")
+    share_start: float = key(0.25, "share of the documents that take an excursion, at the start")
+    share_end: float = key(0.25, "the same at the end of the budget; linear between the two")
     excursion_weight: float = key(0.5, "weight of the truth's NLL on self-fed prefixes")
-    truth_weight: float = key(0.5, "weight of the truth's NLL on true prefixes")
+    truth_weight: float = key(1.0, "weight of the truth's NLL on true prefixes")
     divergence_weight: float = key(
         0.0, "weight of KL(p on the true prefix || p on the self-fed one)"
     )
