@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -109,6 +110,9 @@ def train(arm: str, seed: int, args: argparse.Namespace) -> Path:
         )
         return run
     begin = train("pretrained", seed, args)
+    if args.warm:
+        args.warm = False
+        warm_up(begin, common, args)
     command(
         args.threads,
         "train.py",
@@ -120,6 +124,17 @@ def train(arm: str, seed: int, args: argparse.Namespace) -> Path:
         *args.overrides,
     )
     return run
+
+
+def warm_up(begin: Path, common: Sequence[str], args: argparse.Namespace) -> None:
+    """Two steps of each stage: what torch.compile keeps on the disk is there for all arms, whose
+    minutes begin with ``train.py``."""
+    scratch = Path("runs") / "eavi" / f"warm_{args.name}_{os.getpid()}"
+    budget = ("budget.minutes=null", "budget.steps=2", "resume=false")
+    for stage in ("pretrain", "eavi"):
+        words = (f"stage={stage}", f"init_from={begin}", f"out={scratch}")
+        command(args.threads, "train.py", *common[:-1], *words, *budget)
+    shutil.rmtree(ROOT / scratch, ignore_errors=True)
 
 
 def measured(arm: str, seed: int, args: argparse.Namespace, run: Path) -> dict[str, Any]:
@@ -159,10 +174,12 @@ def measured(arm: str, seed: int, args: argparse.Namespace, run: Path) -> dict[s
 def seconds_per_step(run: Path) -> float | None:
     """Median between the lines of the log: neither start-up nor compilation. None for a run too
     short to say."""
-    with open(run / "logs" / "version_0" / "metrics.csv") as file:
-        rows = [r for r in csv.DictReader(file) if r["seconds"] and r["step"]]
-    marks = [(float(r["seconds"]), int(r["step"])) for r in rows]
-    pairs = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks) if b[1] > a[1]]
+    pairs: list[float] = []
+    for log in sorted(run.glob("logs/version_*/metrics.csv")):  # one for every start
+        with open(log) as file:
+            rows = [r for r in csv.DictReader(file) if r["seconds"] and r["step"]]
+        marks = [(float(r["seconds"]), int(r["step"])) for r in rows]
+        pairs += [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(marks) if b[1] > a[1]]
     return round(median(pairs), 4) if pairs else None
 
 
@@ -258,6 +275,7 @@ def main() -> int:
     tag = f"_{args.tag}" if args.tag else ""
     args.base = f"{args.network}_{args.minutes:g}min_{args.threads}t"
     args.name = args.base + tag
+    args.warm = True
     RESULTS.mkdir(exist_ok=True)
     for seed in (int(s) for s in args.seeds.split(",")):
         for arm in arms:

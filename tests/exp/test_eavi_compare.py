@@ -18,9 +18,22 @@ def compare(script, tmp_path, monkeypatch):
 def commands(compare, monkeypatch):
     """What would be run, one list of words a command; its run is measured as nothing."""
     found = []
-    monkeypatch.setattr(compare, "command", lambda threads, *words: found.append(words))
+
+    def command(threads, *words):
+        if "budget.steps=2" in words:
+            warm_ups.append(words)
+        else:
+            found.append(words)
+
+    warm_ups = []
+    monkeypatch.setattr(compare, "command", command)
     monkeypatch.setattr(compare, "measured", lambda arm, seed, args, run: result(arm, seed))
-    return found
+    yield found
+    # Of both stages, before anything is timed; once a call.
+    stages = [words[-6] for words in warm_ups]
+    assert stages == ["stage=pretrain", "stage=eavi"] * (len(stages) // 2) and bool(stages) == bool(
+        found
+    )
 
 
 def result(arm, seed, name="sparse_10min_2t", **more):

@@ -349,6 +349,8 @@ BAD = [
         {},
         "excursions are of outputs only",
     ),
+    ({"init_from": "OUT"}, {}, "the same folder; expected another one to write to"),
+    ({"init_from": "OUT/checkpoint"}, {}, "the same folder"),
     ({"trainer": TrainerConfig(strategy="fsdp")}, {}, "give trainer.strategy=ddp"),
     (
         {"model": ModelConfig(deep_embed=DeepEmbedConfig(keys=["token"], store="memmap"))},
@@ -360,7 +362,10 @@ BAD = [
 
 @pytest.mark.parametrize(("top", "eavi", "message"), BAD, ids=str)
 def test_bad_settings_are_one_line(tiny, tmp_path, top, eavi, message):
-    config = replace(tiny(), **({"stage": "eavi", "init_from": "x"} | top), eavi=EaviConfig(**eavi))
+    top = {"stage": "eavi", "init_from": "x"} | top
+    if top["init_from"]:
+        top["init_from"] = top["init_from"].replace("OUT", tiny().out)
+    config = replace(tiny(), **top, eavi=EaviConfig(**eavi))
     with pytest.raises(UserError, match=message) as caught:
         run_training(config)
     assert "\n" not in str(caught.value)

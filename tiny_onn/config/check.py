@@ -5,6 +5,8 @@ The network's parts have theirs in check_network.py, single numbers in ranges.py
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tiny_onn.config.check_network import check_model, check_moe, check_nsa, check_reset
 from tiny_onn.config.ranges import check_group
 from tiny_onn.config.schema import (
@@ -105,6 +107,13 @@ def check_train(config: Config) -> None:
     check_text("out", config.out, "a folder, such as out=runs/x")
     if config.init_from is not None:
         check_text("init_from", config.init_from, "a run folder, such as init_from=runs/x")
+        begin, out = Path(config.init_from).resolve(), Path(config.out).resolve()
+        if out in (begin, *begin.parents):
+            raise UserError(
+                f"got out={config.out} and init_from={config.init_from}, the same folder; expected "
+                "another one to write to, for the first run's checkpoint would be overwritten; "
+                "choose another out"
+            )
         if config.model.deep_embed.store == "memmap":
             raise UserError(
                 "got init_from with model.deep_embed.store=memmap; expected tables in memory, for "

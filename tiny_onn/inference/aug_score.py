@@ -64,7 +64,10 @@ def with_scores(
         report: called after every batch with the documents read of this view, and their number.
     """
     places = [
-        (_Place(t, test, test_candidates.index(candidate)), _largest(chosen))
+        (
+            _Place(t, test, test_candidates.index(candidate)),
+            _largest(chosen, task.test_inputs[test].shape),
+        )
         for t, task in enumerate(tasks)
         for test, test_candidates in enumerate(candidates[task.id])
         if len(test_candidates) > 1
@@ -105,6 +108,12 @@ def with_scores(
     return found, read
 
 
-def _largest(candidates: Sequence[Candidate]) -> Size:
-    """Height and width of the longest one: demonstrations that fit beside it fit beside all."""
-    return max((candidate.grid.shape for candidate in candidates), key=lambda s: grid_length(*s))
+def _largest(candidates: Sequence[Candidate], asked: Size) -> Size:
+    """Height and width of the one that makes the longest document with the test input, standing or
+    lying: demonstrations that fit beside it fit beside all."""
+
+    def tokens(size: Size) -> int:
+        lying = grid_length(*asked[::-1]) + grid_length(*size[::-1])
+        return max(grid_length(*asked) + grid_length(*size), lying)
+
+    return max((candidate.grid.shape for candidate in candidates), key=tokens)

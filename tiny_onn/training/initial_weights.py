@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +47,12 @@ def begin_with(model: TinyONN, config: Config, task_ids: Sequence[str]) -> dict[
             f"got init_from={config.init_from}, whose checkpoint was never trained; expected a "
             "trained one; run python train.py stage=pretrain first"
         )
+    if loaded.config.model.deep_embed.store == "memmap":
+        raise UserError(
+            f"got init_from={config.init_from}, trained with model.deep_embed.store=memmap; "
+            "expected tables in memory, for those on disk are not taken over; choose a run "
+            "trained with model.deep_embed.store=dense"
+        )
     _require_same_network(config, loaded.config)
     _require_same_data(config, loaded.config)
     known = {task_id: row for row, task_id in enumerate(loaded.task_ids)}
@@ -84,7 +89,8 @@ def weights_sha256(run: str) -> str:
 def require_same_beginning(config: Config, began_with: str) -> None:
     """A run is gone on with, or kept, only if it began with what ``config.init_from`` holds now.
 
-    Nothing is asked of an init_from that is no longer there: its weights are not needed again.
+    Nothing is asked of an init_from that holds no trained model any more: its weights are not
+    needed again.
 
     Args:
         began_with: :func:`weights_sha256` at the run's beginning.
@@ -93,9 +99,10 @@ def require_same_beginning(config: Config, began_with: str) -> None:
         UserError: ``init_from`` was trained anew since.
     """
     assert config.init_from is not None
-    if not Path(config.init_from).exists():
+    try:
+        now = weights_sha256(config.init_from)
+    except UserError:
         return
-    now = weights_sha256(config.init_from)
     if now != began_with:
         raise UserError(
             f"run folder '{config.out}' began with other weights of init_from={config.init_from} "
@@ -151,9 +158,18 @@ def _require_same_data(config: Config, theirs: Config) -> None:
 def _network(config: Config) -> dict[str, Any]:
     """Flat settings of the network, those of its parts only where they are read."""
     flat = flatten({"model": asdict(config.model)})
-    if not config.model.deep_embed.keys:
+    deep_embed = config.model.deep_embed
+    if not deep_embed.keys:
         flat = {k: v for k, v in flat.items() if not k.startswith("model.deep_embed.")}
         flat["model.deep_embed.keys"] = []
+    for name, read in (
+        ("task_rank", "task" in deep_embed.keys),
+        ("ngram", "ngram" in deep_embed.keys),
+        ("patch", "patch" in deep_embed.keys),
+        ("mix_rank", deep_embed.form == "v7a"),
+    ):
+        if not read:
+            flat.pop(f"model.deep_embed.{name}", None)
     if config.model.attention == "nsa":
         flat |= flatten({"nsa": asdict(config.nsa)})
     if config.model.ffn == "dynmoe":

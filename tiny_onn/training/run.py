@@ -54,6 +54,9 @@ from tiny_onn.training.row_tables import RowTables, remove_row_tables
 from tiny_onn.training.run_folder import CHECKPOINT, METRICS, finished, require_same_run
 from tiny_onn.training.signals import Interrupted, StopSignals
 
+SECOND_HALF = 1_000_000
+"""What is added to the seed of the data of a run that begins with another's weights."""
+
 
 def run_training(config: Config, started: float | None = None) -> int:
     """Train as ``config`` says; a run folder with a resume file is gone on with.
@@ -100,6 +103,11 @@ def _how_to_go_on() -> str:
 def _without_nan(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
     """JSON knows no NaN: what was not measured is null."""
     return metrics and {k: None if math.isnan(v) else v for k, v in metrics.items()}
+
+
+def data_seed(config: Config) -> int:
+    """Seeds order and views: another one where the weights have seen this seed's before."""
+    return config.seed + SECOND_HALF * (config.init_from is not None)
 
 
 class _Run:
@@ -167,7 +175,7 @@ class _Run:
             tables.begin(loop.saved_step)
         self._describe(model, trainer)
         data = PretrainData(
-            lambda rank, world: EpochBatches(corpus, config.data, config.seed, rank, world),
+            lambda rank, world: EpochBatches(corpus, config.data, data_seed(config), rank, world),
             loop.totals.step,
             config.data.workers,
             causal=config.model.mask == "causal",
@@ -256,7 +264,7 @@ class _Run:
             return Budget(minutes=given.minutes, started=self.started, spent=spent)
         steps = given.steps
         if steps is None:
-            epochs = EpochBatches(corpus, self.config.data, self.config.seed)
+            epochs = EpochBatches(corpus, self.config.data, data_seed(self.config))
             steps = Positions(epochs.num_batches).steps(given.epochs)
         return Budget(steps=steps, started=self.started, spent=spent)
 
