@@ -110,6 +110,19 @@ def documents():
     return [encode_pair(pair, task=i, view=i) for i, pair in enumerate(pairs)]
 
 
+def test_the_truth_packed_twice_says_the_same_twice():
+    """In float32, as rows of a matrix product: not bit for bit, but within its rounding."""
+    model, docs = tiny_model(True).float(), documents()
+    batch = pack([*docs, *docs])
+    rows_M = torch.nonzero(batch.targets_N != IGNORE).squeeze(1)
+    logits_MV = model(batch, rows_M).logits_MV
+    doc_M = batch.layout.doc_N[rows_M]
+    slots = {number: slot for slot, number in enumerate(batch.order)}
+    for i in range(len(docs)):
+        first, second = (logits_MV[doc_M == slots[n]] for n in (i, i + len(docs)))
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(
     ("feed", "geometry"), [("soft", "truth"), ("soft", "free"), ("sample", "free")]
@@ -170,7 +183,9 @@ def logits_of(model, doc, probs):
 
 
 def test_where_the_model_is_right_both_halves_are_bit_equal():
-    """Greedy, at temperature 0, of a model made to be right: its head copies the task's answer."""
+    """Greedy, at temperature 0, of a model made to be right: its head copies the task's answer.
+
+    Bit-equal by construction: what equals the truth shares its rows, loss and gradient."""
     model, docs = tiny_model(False).float(), documents()
     right = RightModel(model, docs)
     found = make_excursions(right, docs, ExcursionSettings("greedy", "free", 0.0, 1, 200))

@@ -10,6 +10,7 @@ from tiny_onn.arc.tokens import NEWLINE, decode_grid, encode_demos, encode_pair
 from tiny_onn.config.schema import DeepEmbedConfig, ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.alignment_batch import align
+from tiny_onn.training.excursion_paths import ASK_EVERY, FreePath
 from tiny_onn.training.excursions import ExcursionSettings, make_excursions, prompt_of
 
 SHAPES = [((1, 1), (1, 1)), ((3, 2), (2, 5)), ((4, 4), (4, 4)), ((2, 7), (6, 3))]
@@ -121,22 +122,51 @@ def test_true_geometry_keeps_places_and_newlines_and_colours_are_the_model_s(fee
 
 
 @pytest.mark.parametrize("feed", FEEDS)
-def test_a_free_excursion_spells_a_grid_or_is_cut_and_says_so(feed):
+@pytest.mark.parametrize("max_tokens", [90, 40])
+def test_a_free_excursion_spells_a_grid_or_is_cut_and_says_so(feed, max_tokens):
+    """Cut at twice the true output, or where the document is as long as one may be."""
     model = tiny_model()
     docs = documents() * 8
-    found = make_excursions(
-        model, docs, settings(feed=feed, geometry="free"), generator=random_numbers()
-    )
+    given = settings(feed=feed, geometry="free", max_tokens=max_tokens)
+    found = make_excursions(model, docs, given, generator=random_numbers())
     ended = 0
     for doc, (own,) in zip(docs, found, strict=True):
         if own.ended:
             decode_grid(np.append(own.tokens, 13))
             ended += 1
         else:
-            most = min(90 - doc.prefix_len, 2 * (len(doc.tokens) - doc.prefix_len))
+            most = min(max_tokens - doc.prefix_len, 2 * (len(doc.tokens) - doc.prefix_len))
             assert len(own.tokens) == most - 1
     if feed == "sample":
         assert 0 < ended < len(docs)
+    bound = [max_tokens - d.prefix_len < 2 * (len(d.tokens) - d.prefix_len) for d in docs]
+    assert any(bound) == (max_tokens == 40)
+
+
+def test_asking_rarely_which_have_ended_changes_nothing(monkeypatch):
+    """As an accelerator is asked, which has to be waited for."""
+    model, docs = tiny_model(), documents()
+    asked = []
+    original = FreePath.going_on
+
+    def going_on(self, open_B):
+        asked.append(self.step)
+        return None if self.step % ASK_EVERY else original(self, open_B)
+
+    for feed in FEEDS:
+        given = settings(feed=feed, geometry="free")
+        often = [make_excursions(model, [doc], given, generator=random_numbers()) for doc in docs]
+        with monkeypatch.context() as patch:
+            patch.setattr(FreePath, "going_on", going_on)
+            rarely = [
+                make_excursions(model, [doc], given, generator=random_numbers()) for doc in docs
+            ]
+        for ((a,),), ((b,),) in zip(often, rarely, strict=True):
+            assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.places, b.places)
+            assert a.ended == b.ended
+            if feed == "soft":
+                assert np.array_equal(a.probs, b.probs)
+    assert max(asked) > ASK_EVERY
 
 
 def test_greedy_and_temperature_zero_are_the_same():
@@ -211,7 +241,7 @@ def test_excursions_leave_no_trace(feed):
 
 
 @pytest.mark.parametrize("feed", [*FEEDS, "single"])
-def test_no_graph_is_built(monkeypatch, feed):
+def test_no_graph_is_built(feed):
     """The head runs in prefill, in steps and in a plain forward."""
     model, graphs = tiny_model(), []
     model.head.register_forward_hook(lambda *a: graphs.append(torch.is_grad_enabled()))

@@ -136,7 +136,7 @@ def check_eavi(config: Config) -> None:
             "got stage=eavi without init_from; expected the run folder of a trained model, whose "
             "own outputs this stage learns from; give init_from=runs/x"
         )
-    drawn = eavi.feed in ("sample", "single") and eavi.temperature > 0
+    drawn = eavi.feed == "single" or (eavi.feed == "sample" and eavi.temperature > 0)
     if eavi.excursions_per_document > 1 and not drawn:
         raise UserError(
             f"got eavi.excursions_per_document={eavi.excursions_per_document} with eavi.feed="

@@ -46,10 +46,9 @@ def train_help(files: Mapping[str, Mapping[str, Path]]) -> str:
             "usage: python train.py [stage=STAGE] [preset=PRESET] [network=NETWORK] "
             "[key=value ...]",
             "",
-            "Trains a model from scratch on ARC tasks. Later settings win: defaults < "
-            "configs/base.yaml",
-            "< configs/preset/PRESET.yaml < configs/network/NETWORK.yaml",
-            "< configs/stage/STAGE.yaml < key=value.",
+            "Trains a model on ARC tasks, from scratch or from init_from. Later settings win:",
+            "defaults < configs/base.yaml < configs/preset/PRESET.yaml",
+            "< configs/network/NETWORK.yaml < configs/stage/STAGE.yaml < key=value.",
             "",
             *(line for kind, named in files.items() for line in (f"{kind}s:", *_files(named), "")),
             *_keys(keys_of(Config)),

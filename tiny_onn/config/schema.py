@@ -28,7 +28,9 @@ class DataConfig:
     context: Literal["pair", "demos"] = key("pair", "one pair a document, or demos then a query")
     views: Literal["all", "dihedral", "none"] = key("all", "augmentation: dihedral x colours")
     views_per_example: int = key(1000, "distinct views an example cycles through, at most")
-    batch_tokens: int = key(6144, "tokens in a packed batch, over all devices")
+    batch_tokens: int = key(
+        6144, "tokens in a packed batch, over all devices; stage=eavi adds its excursions"
+    )
     max_tokens: int = key(1863, "longest document; longer ones are dropped, counted and reported")
     workers: int = key(0, "data loader processes")
     loss_on_inputs: bool = key(False, "also learn to predict the input grid")
@@ -162,7 +164,9 @@ class EaviConfig:
         "truth", "truth: rows and end of the true grid, own colours; free: its own rows and end"
     )
     temperature: float = key(1.0, "temperature of what is fed (0: greedy)")
-    excursions_per_document: int = key(1, "self-fed outputs of one document; above 1: feed=sample")
+    excursions_per_document: int = key(
+        1, "self-fed outputs of one document; above 1: feed=sample or single"
+    )
     share_start: float = key(0.25, "share of the documents that take an excursion, at the start")
     share_end: float = key(0.25, "the same at the end of the budget; linear between the two")
     excursion_weight: float = key(0.5, "weight of the truth's NLL on self-fed prefixes")

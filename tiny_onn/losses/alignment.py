@@ -1,17 +1,21 @@
 """The alignment loss of EAVI over a super-batch of true and self-fed prefixes.
 
-Context c, truth y of T tokens, model p, excursion yhat that p wrote without gradient. With the
-frozen model as the posterior over trajectories, q(yhat | c) = prod_t p(yhat_t | c, yhat_<t), and
-as their prior too,
+Context c (task and query input), truth y of T tokens, model p. Take what the model writes itself
+for a latent trajectory yhat, drawn from q(yhat | c) = prod_t p(yhat_t | c, yhat_<t), from which
+every true token is given in turn: p(y | c, yhat) = prod_t p(y_t | c, yhat_<t). Then, by Jensen,
 
-    log p(y|c) >= E_q[ sum_t log p(y_t | c, yhat_<t) ] - KL(q || q) = E_q[ ... ]
+    log p~(y | c) = log E_q[ prod_t p(y_t | c, yhat_<t) ]
+                 >= E_q[ sum_t log p(y_t | c, yhat_<t) ]  -  KL(q || q),
 
-where p(y | c, yhat) = prod_t p(y_t | c, yhat_<t): every true token is given by the trajectory
-written before it. With drawn excursions (at temperature 1, free geometry) the excursion term is
-the Monte-Carlo estimate of the negative bound; soft and greedy ones put one mean or likeliest
-trajectory in the place of the expectation, and the true geometry conditions q on the true rows. The
-truth term is teacher forcing; the KL term pulls what the model says on its own prefix to what it
-says on the true one.
+an evidence bound with the frozen model as posterior and prior alike, so that its KL is zero. The
+excursion term is the negative bound by Monte-Carlo: exactly so for eavi.feed=sample at temperature
+1 with geometry=truth, whose q is over colours at the true grid's places. feed=soft and greedy put
+one mean or likeliest trajectory in the place of the expectation; geometry=free has rows of its own
+for what is missing or surplus, and its long excursions count less. p~ is not the p that decodes;
+they share all weights, and are the same where q is sure of y.
+
+The truth term is teacher forcing. The divergence pulls what the model says on its own prefix to
+what it says on the true one.
 
 Shapes: M rows with a target, V vocabulary.
 """

@@ -11,8 +11,9 @@ EAVI (Excursion-Alignment Variational Inference). A step of it
        loss = w_truth * NLL(truth | true prefixes) + w_excursion * NLL(truth | self-fed prefixes)
             + w_divergence * KL(p on true prefixes, without gradient || p on self-fed ones)
 
-   each summed over its rows, the last two divided by the excursions of a document, and all by the
-   number of the true outputs' tokens.
+   each summed over its rows (alignment_batch.py says what a row counts), the last two divided by
+   eavi.excursions_per_document, and all by the number of the true outputs' tokens. The truth's
+   weight is that of all documents, whether they take an excursion or not.
 
 With ``eavi.feed=soft`` no colour is argmaxed on the way but where a table is looked up by token
 (DeepEmbed's keys read the likeliest one).

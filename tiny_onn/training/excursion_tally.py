@@ -26,6 +26,7 @@ class ExcursionTally:
         self._colors = 0
         self._fed = self._right = self._true_rows = 0
         self._own_rows = self._seconds = 0.0
+        self._steps = 0
         self._terms: Tensor | None = None
 
     def excursions(
@@ -53,6 +54,7 @@ class ExcursionTally:
         self._own_rows += float(aligned.weight_M.sum())
         self._true_rows += int(aligned.truth_M.sum())
         self._seconds += seconds
+        self._steps += 1
 
     def terms(self, terms: AlignmentTerms) -> None:
         """One step's sums."""
@@ -61,10 +63,11 @@ class ExcursionTally:
 
     def take(self, channel: StepChannel) -> dict[str, float]:
         """Means of all processes since the last call, under ``eavi/``; collective. What there was
-        nothing of is left out."""
+        nothing of is left out. The divergence is a mean over all rows of excursions, those without
+        a place in the truth included."""
         terms = [0.0, 0.0, 0.0] if self._terms is None else self._terms.tolist()
         names = ("own_rows", "true_rows", "documents", "taken", "excursions", "perfect")
-        names += ("cut", "fed", "colors", "right", "seconds")
+        names += ("cut", "fed", "colors", "right", "seconds", "steps")
         rows = channel.gather(*terms, *(getattr(self, f"_{name}") for name in names))
         excursion, truth, divergence, *counts = rows.sum(dim=0).tolist()
         count = dict(zip(names, counts, strict=True))
@@ -78,6 +81,6 @@ class ExcursionTally:
             "perfect": (count["perfect"], count["excursions"]),
             "cut": (count["cut"], count["excursions"]),
             "excursion_tokens_per_s": (count["fed"] * channel.world, count["seconds"]),
+            "excursion_seconds_per_step": (count["seconds"], count["steps"]),
         }
-        metrics = {f"eavi/{k}": a / b for k, (a, b) in quotients.items() if b}
-        return metrics | {"eavi/excursion_seconds": count["seconds"] / channel.world}
+        return {f"eavi/{k}": a / b for k, (a, b) in quotients.items() if b}
