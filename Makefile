@@ -1,4 +1,4 @@
-# make demo: train, predict, submit and score on two CPU cores in ten minutes (after the set-up)
+# make demo: train in two stages, predict, submit and score on two CPU cores in ten minutes (after the set-up)
 # make test: linter and the whole suite      make bench: speed      make race: nano219, three seeds
 # make ablation: what each sparse part buys (2 hours on two cores; goes on where it was stopped)
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
@@ -31,11 +31,15 @@ COMPILER := $${CXX:-g++}
 HEADERS := $(RUN) -c 'import os, sys, sysconfig; \
 	sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
 
+IF_COMPILED := $$(command -v $(COMPILER) >/dev/null && $(HEADERS) || echo trainer.compile=false)
+
 demo: setup
 	@command -v $(COMPILER) >/dev/null && $(HEADERS) || \
 		echo "note: no g++ or no Python.h here: training runs uncompiled and learns less in its minutes; on Debian: apt-get install g++ python3-dev"
-	$(RUN) train.py stage=pretrain preset=nano out=runs/demo resume=false \
-		$$(command -v $(COMPILER) >/dev/null && $(HEADERS) || echo trainer.compile=false)
+	$(RUN) train.py stage=pretrain preset=nano out=runs/demo-pretrained resume=false \
+		budget.minutes=6 $(IF_COMPILED)
+	$(RUN) train.py stage=eavi preset=nano init_from=runs/demo-pretrained out=runs/demo \
+		resume=false budget.minutes=1.5 $(IF_COMPILED)
 	$(RUN) submit.py checkpoint=runs/demo track=nano solutions=arc1:evaluation
 
 test: lint

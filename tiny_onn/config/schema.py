@@ -221,7 +221,7 @@ class PredictConfig:
     size_rule: bool = key(True, "fix the output size by the rule the demonstrations show")
     drop_input_copies: bool = key(True, "an output equal to its input is no candidate")
     vote: Literal["count", "count_then_likelihood", "sum_prob", "aug_score"] = key(
-        "count_then_likelihood", "how candidates are ranked; aug_score: by likelihood in all views"
+        "aug_score", "how candidates are ranked; aug_score: by likelihood in score_views views"
     )
     score_views: int = key(8, "vote=aug_score: views that every candidate is read in")
     batch_tokens: int = key(49152, "cache tokens of a decoding batch")

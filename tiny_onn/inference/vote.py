@@ -78,9 +78,7 @@ def rank(candidates: Sequence[Candidate], rule: VoteRule) -> list[Candidate]:
     return sorted(candidates, key=key)
 
 
-def vote(
-    candidates: Sequence[Candidate], k: int = 2, rule: VoteRule = "count_then_likelihood"
-) -> list[Grid]:
+def vote(candidates: Sequence[Candidate], k: int = 2, rule: VoteRule = "aug_score") -> list[Grid]:
     """The ``k`` best grids, all different; fewer when there are fewer candidates."""
     chosen: list[Grid] = []
     for candidate in rank(candidates, rule):
