@@ -4,13 +4,15 @@
 
 1. Preset nano as stage eavi runs it (compiled where a compiler is), real batches: seconds of the
    excursion (feed=soft, true geometry), of the alignment's forward and of its backward; the
-   excursion's share, and over the backward. For 4 times the documents in one excursion too.
+   excursion's share, and over the backward. With excursions of all documents, with the default
+   share of them, and four batches' in one excursion.
 2. Outputs of 56, 110 and 210 tokens, dense network, each arm in a process of its own:
    - decoupled: excursion without gradient, one parallel alignment, one backward;
    - through the cache: the same outputs written with gradient, keys and values kept with their
      graph, one backward through all steps (the cheapest way to go back through the generation);
    - recomputed: every step a whole forward of all tokens so far, with its graph;
-   - excursion: the writing alone, whose peak is to be the cache's and nothing that grows beside it.
+   - excursion: the writing alone, after inputs of 3 x 3 cells, whose peak is to be the cache's and
+     nothing that grows beside it.
    In float64 all arms' loss on the self-fed prefix must be the same number first.
 3. Excursion against writing the same tokens without a cache (no gradient).
 """
@@ -45,7 +47,8 @@ def child(args: Any, arm: str, tokens: int) -> dict[str, Any]:
     from timing import prepare, wait_for
 
     device = prepare(args)
-    way = Way(device, BATCHES[arm], tokens, double=False)
+    asked = (3, 3) if arm.startswith("excursion") else None
+    way = Way(device, BATCHES[arm], tokens, double=False, asked=asked)
     run = way.arms()[arm.split(",")[0]]
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -58,7 +61,7 @@ def child(args: Any, arm: str, tokens: int) -> dict[str, Any]:
 
     began = peak()
     seconds = []
-    for _ in range(1 if args.quick else 4):
+    for _ in range(1 if args.quick else 3 if arm == "recomputed" else 4):
         start = time.perf_counter()
         run()
         wait_for(device)
@@ -74,7 +77,14 @@ def child(args: Any, arm: str, tokens: int) -> dict[str, Any]:
 class Way:
     """The three ways to learn from self-fed outputs, on the same documents."""
 
-    def __init__(self, device: Any, count: int, tokens: int, double: bool) -> None:
+    def __init__(
+        self,
+        device: Any,
+        count: int,
+        tokens: int,
+        double: bool,
+        asked: tuple[int, int] | None = None,
+    ) -> None:
         import numpy as np
         import torch
         from timing import wake
@@ -94,7 +104,8 @@ class Way:
         size = GRIDS[tokens]
         self.documents = [
             encode_pair(
-                Pair(*(rng.integers(0, 10, size).astype(np.uint8) for _ in range(2))), task=n
+                Pair(*(rng.integers(0, 10, s).astype(np.uint8) for s in (asked or size, size))),
+                task=n,
             )
             for n in range(count)
         ]
@@ -301,8 +312,8 @@ def check() -> None:
     require(all(abs(v / first - 1) < 1e-6 for v in found.values()), f"losses differ: {found}")
 
 
-def own_step(args: Any, device: Any) -> dict[str, Any]:
-    """Section 1."""
+def own_step(args: Any, device: Any, share: float | None) -> dict[str, Any]:
+    """Section 1, with excursions of this share of the documents (None: the default)."""
     import torch
     from timing import ratios, spread, wait_for, wake
 
@@ -321,7 +332,9 @@ def own_step(args: Any, device: Any) -> dict[str, Any]:
     words = ["preset=nano", "stage=eavi", "init_from=unused", f"network={args.network}"]
     # All documents and excursions, whatever is the default: the bench is of a whole step.
     accelerator = "gpu" if device.type == "cuda" else "cpu"
-    words += ["eavi.feed=soft", "eavi.share_start=1", "eavi.share_end=1"]
+    words.append("eavi.feed=soft")
+    if share is not None:
+        words += [f"eavi.share_start={share}", f"eavi.share_end={share}"]
     config = with_precision(load_config([*words, f"trainer.accelerator={accelerator}"]))
     precision = config.trainer.precision
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -335,6 +348,7 @@ def own_step(args: Any, device: Any) -> dict[str, Any]:
     epochs = EpochBatches(corpus, config.data, 0)
     seconds: dict[str, list[float]] = {"excursion": [], "forward": [], "backward": []}
     tokens, batches, warm_up = 0, 2 if args.quick else NUM_BATCHES, 1 if args.quick else 4
+    batches *= 1 if share else 2  # a part of the documents varies more
     for number in range(batches + warm_up):
         batch = prepare_batch(epochs.batch(0, number), number, multiple=rounding(device)).to(device)
         marks = [time.perf_counter()]
@@ -367,7 +381,7 @@ def own_step(args: Any, device: Any) -> dict[str, Any]:
         wait_for(device)
         return time.perf_counter() - began
 
-    for number in range(0, batches, 4):
+    for number in range(0, batches if share else 0, 4):
         four = [unpack(epochs.batch(0, k)) for k in range(number, number + 4)]
         for _ in range(2):  # the second time counts: shapes are known
             one_by_one = sum(map(seconds_of, four))
@@ -382,7 +396,8 @@ def own_step(args: Any, device: Any) -> dict[str, Any]:
         "milliseconds": {name: spread(taken, 1e3, 1) for name, taken in seconds.items()},
         "excursion_share": spread(shares),
         "excursion_over_backward": spread(over),
-        "four_batches_at_once": ratios(alone, joined),
+        "share": config.eavi.share_end,
+        "four_batches_at_once": ratios(alone, joined) if joined else None,
         "excursion_tokens_per_s": round(tokens / sum(seconds["excursion"])),
     }
 
@@ -444,7 +459,8 @@ def main() -> None:
 
     device = prepare(args)
     check()
-    step, cache = own_step(args, device), without_cache(args, device)
+    step, some = own_step(args, device, 1.0), own_step(args, device, None)
+    cache = without_cache(args, device)
     gains = {
         f"{slow} over {fast}": {
             n: ratios(found[slow][n]["seconds"], found[fast][n]["seconds"]) for n in lengths
@@ -459,14 +475,21 @@ def main() -> None:
 
     print(f"preset nano, network {args.network}: milliseconds a step of one batch")
     print_table(
-        ["part", "ms"],
-        [[name, text(values, 0)] for name, values in step["milliseconds"].items()],
+        ["excursions of", *step["milliseconds"], "excursion / step", "excursion / backward"],
+        [
+            [
+                f"{one['share']:.0%}",
+                *(text(values, 0) for values in one["milliseconds"].values()),
+                text(one["excursion_share"]),
+                text(one["excursion_over_backward"]),
+            ]
+            for one in (step, some)
+        ],
     )
     print(
-        f"excursion: {text(step['excursion_share'])} of the three, "
-        f"{text(step['excursion_over_backward'])} of the backward, "
-        f"{step['excursion_tokens_per_s']:,} tokens/s, {text(step['four_batches_at_once'])} times "
-        f"as many with four batches at once; cached over uncached writing {text(cache['gain'])}"
+        f"all documents: {step['excursion_tokens_per_s']:,} tokens/s, "
+        f"{text(step['four_batches_at_once'])} times as many with four batches at once; cached "
+        f"over uncached writing {text(cache['gain'])}"
     )
     print_table(
         ["output tokens", *(f"{arm}: s, MiB" for arm in BATCHES), *gains],
@@ -514,6 +537,7 @@ def main() -> None:
         args,
         device,
         step=step,
+        step_with_the_default_share=some,
         cached_over_uncached=cache,
         outputs=found,
         gains=gains,
