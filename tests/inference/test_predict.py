@@ -17,6 +17,11 @@ from tiny_onn.inference.vote import vote
 SEED = 3
 
 
+def voting(**settings) -> PredictConfig:
+    """A vote that needs no reading (AugScore's would): the stub decodes only."""
+    return PredictConfig(**({"vote": "count_then_likelihood"} | settings))
+
+
 def full_grid(rng, height, width):
     """A random grid in which every colour occurs, so that each view looks different."""
     cells = np.concatenate([np.arange(10), rng.integers(0, 10, height * width - 10)])
@@ -71,7 +76,7 @@ def test_an_oracle_of_every_view_is_inverted_into_unanimous_truth(stub, size_rul
         solved_task("b", 1, ((7, 2),), ratio=2),
     ]
     tasks = [task for task, _ in solved]
-    config = PredictConfig(views=24, size_rule=size_rule)
+    config = voting(views=24, size_rule=size_rule)
     made = predict_tasks(stub(oracle(solved, 24)), tasks, rows_of(tasks), config, SEED)
     for task, outputs in solved:
         assert len({v.dihedral for v in task_views(task, 24, SEED)}) == 8
@@ -90,7 +95,7 @@ def test_a_few_mistaken_views_are_outvoted_and_become_the_second_attempt(stub):
     solved = [solved_task("a", 0)]
     task, (output,) = solved[0]
     score = oracle(solved, 8, spoil=lambda row, test, view: view == 0)
-    made = predict_tasks(stub(score), [task], {"a": 0}, PredictConfig(views=8), SEED)
+    made = predict_tasks(stub(score), [task], {"a": 0}, voting(views=8), SEED)
     first, second = vote(made.candidates["a"][0])
     np.testing.assert_array_equal(first, output)
     assert not np.array_equal(second, output)
@@ -109,7 +114,7 @@ def test_the_first_view_is_the_identity_and_views_depend_on_seed_and_id_only(mak
 def test_prediction_is_deterministic_and_blind_to_the_other_tasks(random_stub, make_task):
     sizes = [((3, 3), (3, 3)), ((4, 3), (4, 3))]
     a, b = make_task(sizes, [(3, 3)], 1, "a"), make_task(sizes, [(2, 4), (4, 4)], 2, "b")
-    config = PredictConfig(views=5)
+    config = voting(views=5)
 
     def flat(made, task_id):
         return [
@@ -128,7 +133,7 @@ def test_prediction_is_deterministic_and_blind_to_the_other_tasks(random_stub, m
 def test_copies_of_the_input_are_dropped_and_counted_if_asked(stub, drop):
     task, _ = solved_task("a", 0)
     score = oracle([(task, list(task.test_inputs))], 4)
-    config = PredictConfig(views=4, drop_input_copies=drop)
+    config = voting(views=4, drop_input_copies=drop)
     made = predict_tasks(stub(score), [task], {"a": 0}, config, SEED)
     assert made.stats.input_copies == (4 if drop else 0)
     assert [c.count for c in made.candidates["a"][0]] == ([] if drop else [4])
@@ -136,7 +141,7 @@ def test_copies_of_the_input_are_dropped_and_counted_if_asked(stub, drop):
 
 def test_answers_of_a_task_that_has_them_are_never_looked_at(random_stub):
     task, outputs = solved_task("a", 0)
-    config = PredictConfig(views=3)
+    config = voting(views=3)
     plain = predict_tasks(random_stub, [task], {"a": 0}, config, SEED)
     tests = (Pair(task.test_inputs[0], np.zeros((9, 9), np.uint8)),)
     told = TrainingTask(task.id, task.source, task.demos, task.test_inputs, tests)
@@ -148,7 +153,7 @@ def test_answers_of_a_task_that_has_them_are_never_looked_at(random_stub):
 
 def test_an_unknown_task_has_no_vector_and_is_counted(random_stub, make_task):
     task = make_task([((2, 2), (2, 2))], [(2, 2)])
-    made = predict_tasks(random_stub, [task], {"other": 0}, PredictConfig(views=1), SEED)
+    made = predict_tasks(random_stub, [task], {"other": 0}, voting(views=1), SEED)
     assert made.stats.unknown_tasks == 1
     assert [row.task for row in random_stub.asked] == [-1]
 
@@ -162,7 +167,7 @@ def test_what_is_no_grid_is_no_candidate_but_counted_by_kind(stub, make_task):
         logits[script[min(len(row.written), 5)]] = 9.0
         return logits
 
-    config = PredictConfig(views=3, grammar=False, size_rule=False)
+    config = voting(views=3, grammar=False, size_rule=False)
     made = predict_tasks(stub(score), [task], {}, config, SEED)
     assert made.candidates["task"] == [[], []]
     assert made.stats.failures == {"got N cells in row N, expected N": 6}
@@ -171,7 +176,7 @@ def test_what_is_no_grid_is_no_candidate_but_counted_by_kind(stub, make_task):
 
 def test_context_demos_shows_the_demonstrations_in_the_same_view(random_stub, make_task):
     task = make_task([((2, 2), (2, 2)), ((3, 2), (3, 2))], [(2, 3)])
-    config = PredictConfig(views=2)
+    config = voting(views=2)
     predict_tasks(random_stub, [task], {}, config, SEED, context="demos")
     for view in task_views(task, 2, SEED):
         shown = [encode_pair(apply_pair(view, demo)).tokens for demo in task.demos]
@@ -219,7 +224,7 @@ def test_minutes_are_used_but_not_exceeded_and_views_are_equal(stub, minutes, st
     solved = [solved_task("a", 0, ((5, 5), (6, 6))), solved_task("b", 1, ((4, 4),))]
     tasks = [task for task, _ in solved]
     model, clock = timed(stub, lambda t: step)
-    config = PredictConfig(views=None, minutes=minutes)
+    config = voting(views=None, minutes=minutes)
     made = predict_tasks(model, tasks, rows_of(tasks), config, SEED, clock=clock)
     used = clock.now - 100.0
     assert used <= minutes * 60
@@ -238,7 +243,7 @@ def test_a_machine_that_slows_down_discards_the_unfinished_round(stub):
     solved = [solved_task("a", 0, ((5, 5), (6, 6))), solved_task("b", 1, ((4, 4),))]
     tasks = [task for task, _ in solved]
     model, clock = timed(stub, lambda t: 0.01 if t < 20 else 0.08)
-    config = PredictConfig(views=None, minutes=1.0, batch_tokens=200)
+    config = voting(views=None, minutes=1.0, batch_tokens=200)
     made = predict_tasks(model, tasks, rows_of(tasks), config, SEED, clock=clock)
     assert clock.now - 100.0 <= 60
     assert made.stats.discarded_prompts > 0
@@ -251,7 +256,7 @@ def test_a_machine_that_slows_down_discards_the_unfinished_round(stub):
 def test_one_view_is_completed_however_short_the_minutes(stub):
     task, _ = solved_task("a", 0, ((5, 5), (6, 6)))
     model, clock = timed(stub, lambda t: 10.0)
-    config = PredictConfig(views=None, minutes=0.01, batch_tokens=1)
+    config = voting(views=None, minutes=0.01, batch_tokens=1)
     made = predict_tasks(model, [task], {"a": 0}, config, SEED, clock=clock)
     assert made.stats.views == 1 and made.stats.num_prompts == 2
 
@@ -259,14 +264,14 @@ def test_one_view_is_completed_however_short_the_minutes(stub):
 def test_views_are_a_limit_when_minutes_are_given_too(stub):
     task, _ = solved_task("a", 0)
     model, clock = timed(stub, lambda t: 0.01)
-    config = PredictConfig(views=3, minutes=5)
+    config = voting(views=3, minutes=5)
     assert predict_tasks(model, [task], {}, config, SEED, clock=clock).stats.views == 3
 
 
 def test_a_task_with_few_different_views_gets_those_it_has(random_stub):
     blank = np.zeros((3, 3), np.uint8)
     task = Task("blank", "made", (Pair(blank, blank), Pair(blank, blank)), (blank,))
-    made = predict_tasks(random_stub, [task], {}, PredictConfig(views=16), SEED)
+    made = predict_tasks(random_stub, [task], {}, voting(views=16), SEED)
     assert made.num_views == {"blank": 1}
     assert made.stats.fewest_views == 1 and made.stats.num_prompts == 1
 
@@ -278,7 +283,7 @@ def test_progress_is_reported_after_every_batch(random_stub, make_task):
         random_stub,
         [task],
         {},
-        PredictConfig(views=3, batch_tokens=1),
+        voting(views=3, batch_tokens=1),
         SEED,
         report=seen.append,
     )
@@ -301,7 +306,7 @@ def test_progress_is_reported_after_every_batch(random_stub, make_task):
 )
 def test_settings_that_cannot_work_are_refused(random_stub, change):
     with pytest.raises(UserError, match="expected"):
-        predict_tasks(random_stub, [], {}, replace(PredictConfig(), **change), SEED)
+        predict_tasks(random_stub, [], {}, replace(voting(), **change), SEED)
 
 
 def test_equal_grids_of_different_views_become_one_candidate():
