@@ -1,6 +1,7 @@
 """EAVI's step: what the excursion costs, and what going back through the generation would.
 
     python exp/bench/eavi.py [--quick] [--device cpu|cuda] [--threads N] [--network sparse|dense]
+                             [--step-only] (section 1, written as eavi_step)
 
 1. Preset nano as stage eavi runs it (compiled where a compiler is), real batches: seconds of the
    excursion (feed=soft, true geometry), of the alignment's forward and of its backward; the
@@ -61,7 +62,7 @@ def child(args: Any, arm: str, tokens: int) -> dict[str, Any]:
 
     began = peak()
     seconds = []
-    for _ in range(1 if args.quick else 3 if arm == "recomputed" else 4):
+    for _ in range(1 if args.quick else 3 if BATCHES[arm] == 2 else 4):  # compared pair by pair
         start = time.perf_counter()
         run()
         wait_for(device)
@@ -445,11 +446,42 @@ def without_cache(args: Any, device: Any) -> dict[str, Any]:
     }
 
 
+def print_step(args: Any, step: dict[str, Any], some: dict[str, Any]) -> None:
+    """Section 1, of excursions of all documents and of the default share."""
+    from timing import print_table, text
+
+    print(f"preset nano, network {args.network}: milliseconds a step of one batch")
+    print_table(
+        ["excursions of", *step["milliseconds"], "excursion / step", "excursion / backward"],
+        [
+            [
+                f"{one['share']:.0%}",
+                *(text(values, 0) for values in one["milliseconds"].values()),
+                text(one["excursion_share"]),
+                text(one["excursion_over_backward"]),
+            ]
+            for one in (step, some)
+        ],
+    )
+    print(
+        f"all documents: {step['excursion_tokens_per_s']:,} tokens/s, "
+        f"{text(step['four_batches_at_once'])} times as many with four batches at once"
+    )
+
+
 def main() -> None:
     args = read_arguments()
     if args.child:
         arm, tokens = args.child.split(":")
         print(json.dumps(child(args, arm, int(tokens))))
+        return
+    if args.step_only:
+        from timing import prepare, write_result
+
+        device = prepare(args)
+        step, some = own_step(args, device, 1.0), own_step(args, device, None)
+        print_step(args, step, some)
+        write_result("eavi_step", args, device, step=step, step_with_the_default_share=some)
         return
     lengths = [56] if args.quick else list(GRIDS)
     found = {
@@ -473,24 +505,8 @@ def main() -> None:
         one = found[arm][tokens]
         return one["peak_mib"] - one["before_mib"]
 
-    print(f"preset nano, network {args.network}: milliseconds a step of one batch")
-    print_table(
-        ["excursions of", *step["milliseconds"], "excursion / step", "excursion / backward"],
-        [
-            [
-                f"{one['share']:.0%}",
-                *(text(values, 0) for values in one["milliseconds"].values()),
-                text(one["excursion_share"]),
-                text(one["excursion_over_backward"]),
-            ]
-            for one in (step, some)
-        ],
-    )
-    print(
-        f"all documents: {step['excursion_tokens_per_s']:,} tokens/s, "
-        f"{text(step['four_batches_at_once'])} times as many with four batches at once; cached "
-        f"over uncached writing {text(cache['gain'])}"
-    )
+    print_step(args, step, some)
+    print(f"cached over uncached writing {text(cache['gain'])}")
     print_table(
         ["output tokens", *(f"{arm}: s, MiB" for arm in BATCHES), *gains],
         [
@@ -557,6 +573,7 @@ def read_arguments() -> Any:
     made.add_argument("--threads", type=int, default=0, help="0: torch's default")
     made.add_argument("--network", default="sparse", choices=("sparse", "dense"))
     made.add_argument("--eager", action="store_true", help="section 1 uncompiled")
+    made.add_argument("--step-only", action="store_true", help="section 1 alone")
     made.add_argument("--child", help=argparse.SUPPRESS)
     return made.parse_args()
 
