@@ -191,6 +191,7 @@ def submitted(run: Path, seed: int, threads: int) -> dict[str, float]:
         f"checkpoint={run}",
         "track=nano",
         "solutions=arc1:evaluation",
+        "predict.vote=count_then_likelihood",  # as all results of this table
         f"seed={seed}",
         f"threads={threads}",
         "progress=false",

@@ -126,6 +126,7 @@ def race(
         f"checkpoint={run}",
         f"challenges={challenges}",
         f"predict.views={views}",
+        "predict.vote=count_then_likelihood",  # as all results so far
         f"seed={seed}",
         f"out={run}/submission",
     )

@@ -110,6 +110,16 @@ def documents():
     return [encode_pair(pair, task=i, view=i) for i, pair in enumerate(pairs)]
 
 
+def terms_of(model, batch):
+    return alignment_terms(
+        model(batch.batch, batch.rows_M).logits_MV,
+        batch.batch.targets_N[batch.rows_M],
+        batch.truth_M,
+        batch.weight_M,
+        batch.twin_M,
+    )
+
+
 def test_the_truth_packed_twice_says_the_same_twice():
     """In float32, as rows of a matrix product: not bit for bit, but within its rounding."""
     model, docs = tiny_model(True).float(), documents()
@@ -133,14 +143,7 @@ def test_loss_and_gradients_are_those_of_a_loop_that_recomputes_everything(spars
     given = ExcursionSettings(feed, geometry, 1.0, 1, 60)
     found = make_excursions(model, docs, given, generator=torch.Generator().manual_seed(3))
     batch = align(docs, found)
-    logits_MV = model(batch.batch, batch.rows_M).logits_MV
-    terms = alignment_terms(
-        logits_MV,
-        batch.batch.targets_N[batch.rows_M],
-        batch.truth_M,
-        batch.weight_M,
-        batch.twin_M,
-    )
+    terms = terms_of(model, batch)
     total = 0.7 * terms.truth + 0.5 * terms.excursion + 0.3 * terms.divergence
     parameters = list(model.parameters())
     got = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -192,14 +195,7 @@ def test_where_the_model_is_right_both_halves_are_bit_equal():
     for doc, (own,) in zip(docs, found, strict=True):
         assert own.ended and np.array_equal(own.tokens, doc.tokens[doc.prefix_len : -1])
     batch = align(docs, found)
-    logits = model(batch.batch, batch.rows_M).logits_MV
-    terms = alignment_terms(
-        logits,
-        batch.batch.targets_N[batch.rows_M],
-        batch.truth_M,
-        batch.weight_M,
-        batch.twin_M,
-    )
+    terms = terms_of(model, batch)
     assert torch.equal(terms.excursion, terms.truth) and float(terms.divergence.detach()) == 0
     halves = [torch.autograd.grad(t, model.head.weight, retain_graph=True)[0] for t in
               (terms.excursion, terms.truth)]  # fmt: skip
@@ -224,14 +220,7 @@ def test_an_excursion_that_is_the_truth_counts_as_if_it_were_packed_again():
     found = []
     for excursions in (same, packed):
         batch = align(docs, excursions)
-        logits = model(batch.batch, batch.rows_M).logits_MV
-        terms = alignment_terms(
-            logits,
-            batch.batch.targets_N[batch.rows_M],
-            batch.truth_M,
-            batch.weight_M,
-            batch.twin_M,
-        )
+        terms = terms_of(model, batch)
         (gradient,) = torch.autograd.grad(terms.excursion, model.head.weight)
         found.append((len(batch.batch.order), terms.excursion.detach(), gradient))
     assert [count for count, *_ in found] == [3, 9]

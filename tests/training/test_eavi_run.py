@@ -204,7 +204,7 @@ def test_excursions_leave_what_training_keeps_alone(pretrained, monkeypatch, fee
         return [
             torch.get_rng_state(),
             *loop.reset.snapshot().values(),
-            *loop.ema.state_dict()["shadow"].values(),
+            *(t.clone() for t in loop.ema.state_dict()["shadow"].values()),
             torch.tensor(int(loop.routing._pairs)),
             *(t.clone() for t in loop.routing._sums),
             torch.tensor([m.training for m in module.modules()]),
@@ -394,7 +394,7 @@ BAD = [
         "excursions are of outputs only",
     ),
     ({"init_from": "OUT"}, {}, "the same folder; expected another one to write to"),
-    ({"init_from": "OUT/checkpoint"}, {}, "the same folder"),
+    ({"init_from": "OUT/checkpoint"}, {}, "the first run's checkpoint would be overwritten"),
     ({"trainer": TrainerConfig(strategy="fsdp")}, {}, "give trainer.strategy=ddp"),
     (
         {"model": ModelConfig(deep_embed=DeepEmbedConfig(keys=["token"], store="memmap"))},

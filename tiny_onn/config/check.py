@@ -108,7 +108,7 @@ def check_train(config: Config) -> None:
     if config.init_from is not None:
         check_text("init_from", config.init_from, "a run folder, such as init_from=runs/x")
         begin, out = Path(config.init_from).resolve(), Path(config.out).resolve()
-        if out in (begin, *begin.parents):
+        if begin in (out, out / "checkpoint"):
             raise UserError(
                 f"got out={config.out} and init_from={config.init_from}, the same folder; expected "
                 "another one to write to, for the first run's checkpoint would be overwritten; "

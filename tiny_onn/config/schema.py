@@ -157,7 +157,7 @@ class EaviConfig:
     """EAVI: read where stage=eavi."""
 
     feed: Literal["soft", "sample", "greedy", "single"] = key(
-        "soft", "what is fed: q itself, a draw, its likeliest; single: true tokens, some drawn"
+        "greedy", "what is fed: q itself, a draw, its likeliest; single: true tokens, some drawn"
     )
     single_share: float = key(0.25, "feed=single: share of the true colours that are replaced")
     geometry: Literal["truth", "free"] = key(
