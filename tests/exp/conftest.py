@@ -25,3 +25,18 @@ def script(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture
+def experiment(script, tmp_path, monkeypatch):
+    """As ``script``, its results under ``tmp_path``."""
+
+    def load(folder, name):
+        module = script(folder, name)
+        results = tmp_path / "exp" / "results"
+        results.mkdir(parents=True)
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "RESULTS", results)
+        return module
+
+    return load

@@ -14,12 +14,8 @@ from tiny_onn.errors import UserError
 
 
 @pytest.fixture
-def ablation(script, tmp_path, monkeypatch):
-    module = script("ablation", "sparse_parts")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "exp" / "results")
-    (tmp_path / "exp" / "results").mkdir(parents=True)
-    return module
+def ablation(experiment):
+    return experiment("ablation", "sparse_parts")
 
 
 def done(minutes_command, arm="dense", budget="10min", threads=2, jobs=1):

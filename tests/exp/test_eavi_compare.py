@@ -6,12 +6,8 @@ from tiny_onn.errors import UserError
 
 
 @pytest.fixture
-def compare(script, tmp_path, monkeypatch):
-    module = script("eavi", "compare")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "exp" / "results")
-    (tmp_path / "exp" / "results").mkdir(parents=True)
-    return module
+def compare(experiment):
+    return experiment("eavi", "compare")
 
 
 @pytest.fixture

@@ -74,4 +74,4 @@ def test_a_run_that_held_nothing_out_is_refused(votes, monkeypatch):
 
 def test_results_of_runs_of_one_name_are_kept_apart(votes):
     assert votes.result_name("runs/a/x") != votes.result_name("runs/b/x")
-    assert votes.result_name("/tmp/runs/a/x/checkpoint") == "tmp_a_x"
+    assert votes.result_name("other/runs/a/x/checkpoint") == "other_a_x"

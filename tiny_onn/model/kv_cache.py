@@ -64,8 +64,9 @@ class KVCache:
             )
         if self.longest >= self._room:
             more = min(GROWTH, self.capacity - self._room)
-            self.keys = [F.pad(k, (0, 0, 0, more)) for k in self.keys]
-            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
+            for store in (self.keys, self.values):
+                for call, buffer in enumerate(store):  # one by one: never a second copy of all
+                    store[call] = F.pad(buffer, (0, 0, 0, more))
             self._room += more
         self._call = 0
         keys = self.keys[0]
@@ -102,5 +103,6 @@ class KVCache:
         if len(index_B):
             self.longest = int(self.lengths_B.max())
         self._room = min(self.longest + GROWTH, self._room)
-        self.keys = [k[index_B, :, : self._room] for k in self.keys]
-        self.values = [v[index_B, :, : self._room] for v in self.values]
+        for store in (self.keys, self.values):
+            for call, buffer in enumerate(store):
+                store[call] = buffer[index_B, :, : self._room]
