@@ -1,7 +1,7 @@
 """Native Sparse Attention by Triton kernels: what :mod:`reference` gathers, with its signatures.
 
 Needs a CUDA device of compute capability 8.0 or newer, or Triton's interpreter. What is no kernel
-of its own (phi, layouts, gates, ranking in a decoding step) is the reference's.
+of its own (phi, layouts, gates) is the reference's.
 
 Shapes: N tokens, M compressed blocks, H query heads, K key/value heads, D head width, E value
 width, n chosen blocks, C most compressed blocks of a document.
@@ -15,7 +15,7 @@ from torch import Tensor
 from tiny_onn_kernels.nsa.kernel_band import band
 from tiny_onn_kernels.nsa.kernel_decode import decode_compressed, decode_selected, decode_window
 from tiny_onn_kernels.nsa.kernel_launch import INTERPRETED, same_dtype
-from tiny_onn_kernels.nsa.kernel_select import choose, share
+from tiny_onn_kernels.nsa.kernel_select import choose, choose_from_share, share
 from tiny_onn_kernels.nsa.kernel_selected import goes_keys_first, selected
 from tiny_onn_kernels.nsa.layout import TILE
 from tiny_onn_kernels.nsa.reference import (
@@ -40,6 +40,7 @@ __all__ = [
     "attend_compressed_and_choose",
     "block_scores",
     "choose_blocks",
+    "choose_in_step",
     "combine",
     "compress",
     "compress_packed",
@@ -84,6 +85,21 @@ def attend_compressed_and_choose(
     sizes = (layout.tile, layout.block, layout.stride, layout.select_block)
     times = (layout.time_N, layout.end_N, *layout.compressed_range)
     return out_NHE, choose(*tensors, *times, *sizes, layout.most_select_blocks, count)
+
+
+def choose_in_step(
+    share_BKC: Tensor,
+    time_B: Tensor,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_blocks: int,
+    count: int,
+) -> Tensor:
+    """Chosen blocks (B, K, n) of one step's tokens, in one launch whose shapes do not depend on
+    ``num_blocks``; see :func:`reference.choose_in_step`."""
+    assert count >= NUM_FORCED, f"{count} blocks hold no {NUM_FORCED} forced ones"
+    return choose_from_share(share_BKC, time_B, block, stride, select_block, count)
 
 
 def selected_attention(

@@ -55,7 +55,7 @@ def _forward(
     real_R = row_R < num_rows
     token_R = (row_R // G).to(tl.int64)
     head_R = group * G + row_R % G
-    first_R = tl.load(FIRST + token_R, mask=real_R, other=2**31 - 1)
+    first_R = tl.load(FIRST + token_R, mask=real_R, other=0x7FFFFFFF)
     stop_R = tl.load(STOP + token_R, mask=real_R, other=0)
     first, stop = tl.min(first_R, 0), tl.max(stop_R, 0)
     q_RD = load_rows(Q, token_R * stride_qn + head_R * stride_qh, real_R, D, BLOCK_D, DOT)
@@ -95,7 +95,7 @@ def _backward_queries(
     token_R = (row_R // G).to(tl.int64)
     head_R = group * G + row_R % G
     query_R = token_R * num_heads + head_R
-    first_R = tl.load(FIRST + token_R, mask=real_R, other=2**31 - 1)
+    first_R = tl.load(FIRST + token_R, mask=real_R, other=0x7FFFFFFF)
     stop_R = tl.load(STOP + token_R, mask=real_R, other=0)
     first, stop = tl.min(first_R, 0), tl.max(stop_R, 0)
     q_RD = load_rows(Q, token_R * stride_qn + head_R * stride_qh, real_R, D, BLOCK_D, DOT)
@@ -157,7 +157,7 @@ def _backward_keys(
         grad_RE = load_rows(
             GRAD, token_R * stride_gn + head_R * stride_gh, real_R, E, BLOCK_E, DOT
         )
-        first_R = tl.load(FIRST + token_R, mask=real_R, other=2**31 - 1)
+        first_R = tl.load(FIRST + token_R, mask=real_R, other=0x7FFFFFFF)
         stop_R = tl.load(STOP + token_R, mask=real_R, other=0)
         lse_R = tl.load(LSE + query_R, mask=real_R, other=float("inf"))
         delta_R = tl.load(DELTA + query_R, mask=real_R, other=0.0)

@@ -3,13 +3,12 @@
 A program holds all heads of a group for some consecutive tokens of one document. It goes through
 the selectable blocks in tiles; the score of a block is summed over equation 9's taps, each tap a
 product with every (l'/d)-th compressed key, so that compressed blocks fold onto selectable ones
-without leaving their place. A rank is one int64, the bits of the score above and the block's number,
-reversed, below: the n largest are kept, ties go to the earlier block, and no order of execution
-changes them.
+without leaving their place. In a decoding step p_cmp is one row and stands in memory; only folding
+and ranking are left.
 
 Shapes: N tokens, X compressed rows, H query heads in K groups of G, D head width, n chosen blocks;
-B tokens of a program, M their query rows (heads padded to a power of two), J selectable blocks of a
-tile, C compressed blocks of a tile.
+B tokens of a program (or rows of a step), M their query rows (heads padded to a power of two), J
+selectable blocks of a tile, C compressed blocks of a tile, or of room.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, number_types, padded, unit_stride
+from tiny_onn_kernels.nsa.kernel_rank import keep_best, store_best
 from tiny_onn_kernels.nsa.kernel_softmax import load_rows
 from tiny_onn_kernels.nsa.select import NUM_LOCAL, overlap_taps
 
@@ -112,22 +112,41 @@ def _choose(
             )
             weight = tl.minimum(tl.minimum(tap + 1, TAPS - tap), PLATEAU)
             score_BJ += share_BJ * weight.to(SUM)
-        own_B1 = own_B[:, None]
-        local_BJ = (block_J[None, :] <= own_B1) & (block_J[None, :] > own_B1 - NUM_LOCAL)
-        forced_BJ = local_BJ | (block_J == 0)[None, :]
-        score_BJ = tl.where(forced_BJ, float("inf"), score_BJ.to(tl.float32))
-        # The bits of numbers of at least 0 rank as the numbers do.
-        rank_BJ = score_BJ.to(tl.int32, bitcast=True).to(tl.int64) << 32
-        rank_BJ = rank_BJ | (0x7FFFFFFF - block_J)[None, :].to(tl.int64)
-        candidate_BJ = (block_J * SELECT_BLOCK)[None, :] <= end_B[:, None]
-        rank_BJ = tl.where(candidate_BJ, rank_BJ, -1)
-        pair_BN2 = tl.join(best_BN, tl.topk(rank_BJ, BLOCK_N))
-        best_BN = tl.topk(tl.reshape(pair_BN2, (BLOCK_B, 2 * BLOCK_N)), BLOCK_N)
-    index_BN = tl.where(best_BN < 0, -1, 0x7FFFFFFF - (best_BN & 0x7FFFFFFF))
-    place_N = tl.arange(0, BLOCK_N)
-    row_B = (token_B * tl.num_programs(1) + group) * COUNT
-    mask_BN = real_B[:, None] & (place_N < COUNT)[None, :]
-    tl.store(INDEX + row_B[:, None] + place_N[None, :], index_BN, mask=mask_BN)
+        best_BN = keep_best(
+            best_BN, score_BJ, block_J, own_B, end_B, NUM_LOCAL, SELECT_BLOCK, BLOCK_B, BLOCK_N
+        )
+    row_B = token_B * tl.num_programs(1) + group
+    store_best(INDEX, row_B, real_B, best_BN, COUNT, BLOCK_N)
+
+
+@triton.jit
+def _choose_in_step(
+    SHARE, TIME, INDEX, stride_sb, stride_sk, room,
+    COUNT: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr, STEP: tl.constexpr, TAP: tl.constexpr, TAPS: tl.constexpr,
+    PLATEAU: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """A row's token and group: blocks chosen from its p_cmp, 0 where it sees none."""
+    batch, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    time = tl.load(TIME + batch)
+    share = SHARE + batch * stride_sb + group * stride_sk
+    one_B = tl.zeros([1], tl.int64)
+    best_BN = tl.full([1, BLOCK_N], -1, tl.int64)
+    for first_block in range(0, (time // SELECT_BLOCK + 1).to(tl.int32), BLOCK_J):
+        block_J = first_block + tl.arange(0, BLOCK_J)
+        score_J = tl.zeros([BLOCK_J], SHARE.dtype.element_ty)
+        for tap in range(TAPS):
+            number_J = block_J * STEP + (TAP + tap)
+            inside_J = (number_J >= 0) & (number_J < room)
+            weight = tl.minimum(tl.minimum(tap + 1, TAPS - tap), PLATEAU)
+            share_J = tl.load(share + number_J, mask=inside_J, other=0.0)
+            score_J += share_J * weight.to(SHARE.dtype.element_ty)
+        best_BN = keep_best(
+            best_BN, score_J[None, :], block_J, one_B + time // SELECT_BLOCK, one_B + time,
+            NUM_LOCAL, SELECT_BLOCK, 1, BLOCK_N,
+        )  # fmt: skip
+    row_B = one_B + batch * tl.num_programs(1) + group
+    store_best(INDEX, row_B, row_B >= 0, best_BN, COUNT, BLOCK_N)
 
 
 @triton.jit
@@ -161,8 +180,25 @@ def _share(
         tl.store(SHARE + row_B[:, None] + number_C[None, :], share_BC, mask=mask_BC)
 
 
+def _ranking(block: int, stride: int, select_block: int, most_blocks: int, count: int) -> dict:
+    """What kernels that choose are told of blocks: most_blocks, selectable ones of any row."""
+    tap, weights = overlap_taps(block, stride, select_block)
+    kept = triton.next_power_of_2(count)
+    return {
+        "COUNT": count,
+        "BLOCK_N": kept,
+        "NUM_LOCAL": NUM_LOCAL,
+        "SELECT_BLOCK": select_block,
+        "STEP": select_block // stride,
+        "TAP": tap,
+        "TAPS": len(weights),
+        "PLATEAU": max(weights),
+        "BLOCK_J": max(NARROW_DOT, kept, min(ROWS, triton.next_power_of_2(most_blocks))),
+    }
+
+
 def _shape(q_NHD: Tensor, kv_heads: int, tile: int) -> dict:
-    """What both kernels are told."""
+    """What kernels that recompute p_cmp are told."""
     width, groups = q_NHD.shape[2], q_NHD.shape[1] // kv_heads
     group = triton.next_power_of_2(groups)
     tokens = max(1, ROWS // group)
@@ -205,22 +241,11 @@ def choose(
     q_NHD, k_XKD = unit_stride(q_NHD), unit_stride(k_XKD)
     (num_tokens, num_heads), kv_heads = q_NHD.shape[:2], k_XKD.shape[1]
     options = _shape(q_NHD, kv_heads, tile)
-    tap, weights = overlap_taps(block, stride, select_block)
-    kept = triton.next_power_of_2(count)
-    wide = min(ROWS, triton.next_power_of_2(most_select_blocks))
     index_NKn = q_NHD.new_empty(num_tokens, kv_heads, count, dtype=torch.int64)
     _choose[(len(tile_first_S) * options["SUBTILES"], kv_heads)](
         *(q_NHD, k_XKD, lse_NH, tile_first_S, time_N, end_N, first_N, stop_N, index_NKn),
         *(*q_NHD.stride()[:2], *k_XKD.stride()[:2], num_tokens, num_heads),
-        COUNT=count,
-        BLOCK_N=kept,
-        NUM_LOCAL=NUM_LOCAL,
-        SELECT_BLOCK=select_block,
-        STEP=select_block // stride,
-        TAP=tap,
-        TAPS=len(weights),
-        PLATEAU=max(weights),
-        BLOCK_J=max(NARROW_DOT, kept, wide),
+        **_ranking(block, stride, select_block, most_select_blocks, count),
         **options,
     )
     return index_NKn
@@ -263,3 +288,24 @@ def share(
 @share.register_fake
 def _(q_NHD, k_XKD, lse_NH, tile_first_S, time_N, first_N, stop_N, tile, room):
     return lse_NH.new_empty(q_NHD.shape[0], k_XKD.shape[1], room)
+
+
+@torch.library.custom_op("tiny_onn::nsa_choose_in_step", mutates_args=())
+def choose_from_share(
+    share_BKC: Tensor, time_B: Tensor, block: int, stride: int, select_block: int, count: int
+) -> Tensor:
+    """Blocks, int64 (B, K, count), that the tokens time_B choose from p_cmp, summed over groups."""
+    share_BKC = unit_stride(share_BKC)
+    batch, kv_heads, room = share_BKC.shape
+    index_BKn = share_BKC.new_empty(batch, kv_heads, count, dtype=torch.int64)
+    most_blocks = room * stride // select_block + 1
+    _choose_in_step[(batch, kv_heads)](
+        *(share_BKC, time_B, index_BKn, *share_BKC.stride()[:2], room),
+        **_ranking(block, stride, select_block, most_blocks, count),
+    )
+    return index_BKn
+
+
+@choose_from_share.register_fake
+def _(share_BKC, time_B, block, stride, select_block, count):
+    return share_BKC.new_empty(*share_BKC.shape[:2], count, dtype=torch.int64)

@@ -30,6 +30,7 @@ __all__ = [
     "attend_compressed_and_choose",
     "block_scores",
     "choose_blocks",
+    "choose_in_step",
     "combine",
     "compress",
     "compress_packed",
@@ -69,6 +70,23 @@ def attend_compressed_and_choose(
     one call, so that a kernel need not hand out p_cmp."""
     out_NHE, share_NKC = compressed_attention(q_NHD, k_MKD, v_MKE, layout, want_share=True)
     return out_NHE, select_blocks(share_NKC, layout, count)
+
+
+def choose_in_step(
+    share_BKC: Tensor,
+    time_B: Tensor,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_blocks: int,
+    count: int,
+) -> Tensor:
+    """Chosen blocks (B, K, n) of one step's tokens, from what :func:`decode_compressed` returns.
+
+    time_B: int64 token numbers; num_blocks: selectable blocks of the longest row, at least.
+    """
+    score_BKJ = block_scores(share_BKC, block, stride, select_block, num_blocks)
+    return choose_blocks(score_BKJ, time_B, time_B, select_block, count)
 
 
 def nsa_attention(

@@ -211,15 +211,14 @@ class NativeSparseAttention(nn.Module):
         if reads_all:
             selected_BHD = attend_cached(q_BHD, *seen[0], context.bias_B11T)
         else:
-            score_BKJ = nsa.block_scores(
+            index_BKn = branches.choose_in_step(
                 share_BKC,
+                time_B,
                 settings.block,
                 settings.stride,
                 settings.select_block,
                 cache.longest // settings.select_block + 1,
-            )
-            index_BKn = nsa.choose_blocks(
-                score_BKJ, time_B, time_B, settings.select_block, settings.select_count
+                settings.select_count,
             )
             selected_BHD = branches.decode_selected(
                 q_BHD, *seen[0], index_BKn, time_B, settings.select_block

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tiny_onn_kernels.nsa import decode as reference
-from tiny_onn_kernels.nsa.cases import Case
+from tiny_onn_kernels.nsa import reference as parallel
+from tiny_onn_kernels.nsa.cases import Case, choices_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -46,6 +47,20 @@ def test_the_compressed_branch_and_its_shares(sizes, room, places, kernel, devic
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, 1e-5)
     assert (got[0][count_B == 0] == 0).all()
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 4), (32, 16, 64), (8, 2, 4), (6, 3, 3), (1, 1, 5)])
+def test_choices_from_shares(sizes, kernel, device):
+    block, stride, select_block = sizes
+    time_B = torch.tensor([699, 0, block - 1, 350])
+    count_B = (time_B + 1 - block + stride) // stride
+    room = int(count_B.max()) + 3
+    share_BKC = torch.rand(4, 2, room, generator=torch.Generator().manual_seed(1))
+    share_BKC[torch.arange(room).expand(4, 2, room) >= count_B[:, None, None]] = 0
+    options = (*sizes, 699 // select_block + 1, 7)
+    got = kernel.choose_in_step(share_BKC.to(device), time_B.to(device), *options)
+    want = parallel.choose_in_step(share_BKC, time_B, *options)
+    assert choices_of(got.cpu()) == choices_of(want)
 
 
 @pytest.mark.parametrize("sizes", BATCHES, ids=str)
