@@ -123,13 +123,14 @@ def poison():
 
 @pytest.fixture(scope="session")
 def assert_close():
-    """Relative root mean square of the difference to a float64 reference, at most ``limit``."""
+    """Root mean square of the difference to a float64 reference, at most ``limit`` of its own; of
+    0.1 where the right numbers are smaller (gradients that are zero but for rounding)."""
 
     def check(got, want, limit, what=""):
         got, want = got.detach().double().cpu(), want.detach().double().cpu()
         assert got.shape == want.shape, what
         assert got.isfinite().all(), what
-        error = (got - want).norm() / want.norm().clamp(min=1e-12)
+        error = (got - want).norm() / want.norm().clamp(min=0.1 * want.numel() ** 0.5)
         assert error <= limit, f"{what}: relative RMS {error:.2e}, at most {limit:.0e}"
 
     return check
