@@ -112,7 +112,8 @@ def test_half_precision_is_near_float64(dtype, agrees, order):
 
 
 def test_blocks_of_several_tiles_of_keys(agrees, order):
-    agrees(Case((150,), (20,), 1, 1, block=16, stride=16, select_block=80, count=3), names=["selected"])
+    case = Case((150,), (20,), 1, 1, block=16, stride=16, select_block=80, count=3)
+    agrees(case, names=["selected"])
 
 
 def test_a_block_that_many_chose_is_cut_into_parts(agrees, order, monkeypatch):

@@ -53,10 +53,9 @@ def test_any_block_lengths_and_strides(sizes, same_choices):
     same_choices(Case(lengths, prefixes, 4, 2, **options))
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 13, 61])
-@pytest.mark.parametrize("prefix", [0, 1000])
+@pytest.mark.parametrize(("length", "prefix"), [(1, 0), (3, 3), (4, 0), (5, 2), (13, 13), (61, 0)])
 def test_any_length_around_the_blocks_with_and_without_a_prefix(length, prefix, same_choices):
-    same_choices(Case((length, 1), (min(prefix, length), 0), heads=2, kv_heads=1, count=4))
+    same_choices(Case((length, 1), (prefix, 0), heads=2, kv_heads=1, count=4))
 
 
 @pytest.mark.parametrize("heads", [1, 3, 16, 64])
@@ -80,7 +79,7 @@ def test_the_first_and_the_local_blocks_are_always_there(kernel, device):
             assert sum(j >= 0 for j in row) == min(case.count, own + 1)
 
 
-@pytest.mark.parametrize("head", range(6))
+@pytest.mark.parametrize("head", [0, 2, 4])
 def test_any_head_of_a_group_can_change_its_choice_and_only_its(head, kernel, device):
     case = Case((60,), (0,), heads=6, kv_heads=2)
     inputs, layout = case.inputs(torch.float32, device), case.layout(device)
