@@ -1,4 +1,4 @@
-"""The selected branch, keys first: a program holds a block's keys and walks the pairs that chose it.
+"""The selected branch, keys first: a program holds a block and walks the pairs that chose it.
 
 The inverse index names them: pairs sorted by block, stably, so that every sum has one order and no
 atomics are needed. A block that many chose (a document's first is chosen by all its tokens) is cut

@@ -29,7 +29,7 @@ def padded(size: int) -> int:
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
-    """The tensor with neighbours in its last dimension side by side; a view as it is, if they are."""
+    """The tensor with neighbours in its last dimension side by side; a view if they are."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
