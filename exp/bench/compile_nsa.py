@@ -12,6 +12,7 @@ import argparse
 import sys
 
 import torch
+
 from tiny_onn_kernels import kernel_compile
 from tiny_onn_kernels.nsa import kernel as nsa
 
