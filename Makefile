@@ -1,6 +1,7 @@
 # make demo: train in two stages, predict, submit and score on two CPU cores in ten minutes (after the set-up)
 # make test: linter and the whole suite      make bench: speed      make race: nano219, three seeds
 # make ablation: what each sparse part buys (2 hours on two cores; goes on where it was stopped)
+# make kernels-compile: Triton kernels for sm_80 and sm_90, without a GPU
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: setup demo test lint bench race ablation
+.PHONY: setup demo test lint bench race ablation kernels-compile
 
 setup: $(STAMP)
 
@@ -51,6 +52,9 @@ lint: setup
 
 bench: setup
 	for script in exp/bench/*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+
+kernels-compile: setup
+	env -u TRITON_INTERPRET $(RUN) exp/bench/compile_nsa.py
 
 race: setup
 	for seed in 0 1 2; do $(RUN) exp/race/nano219.py --seed $$seed || exit 1; done

@@ -5,6 +5,9 @@ import os
 
 # Read when torch is first imported: spinning threads of two processes slow each other tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when triton is first imported: without a GPU its kernels run in the interpreter.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

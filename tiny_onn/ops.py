@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,9 +22,13 @@ log = logging.getLogger("tiny_onn")
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
 EXPERT_BACKENDS = ("loop", "grouped_mm")
+NSA_BACKENDS = ("reference", "triton")
+OLDEST_CUDA = (8, 0)
+"""Compute capability that the Triton kernels are compiled for, at least: Ampere."""
 
 nsa = nsa_reference
-"""NSA's branches: the PyTorch implementation, on every device (there is no other yet)."""
+"""NSA's layouts, phi and gates, and its branches in PyTorch, on every device; the back-end chosen
+by :func:`resolve_nsa` has the same names."""
 
 
 def _has_torch_varlen() -> bool:
@@ -117,6 +122,62 @@ def resolve_experts(
         )
     log.info("ops: experts=%s (asked for, %s)", backend, device.type)
     return backend
+
+
+def _triton_needs(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the Triton kernels lack here, and the remedy; None: nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed; pip install triton"
+    from tiny_onn_kernels.nsa import kernel
+
+    if kernel.INTERPRETED:
+        return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        found = device.type if device.type != "cuda" else "none"
+        return f"needs a CUDA device, got {found}; set TRITON_INTERPRET=1 (slow, for tests)"
+    if torch.cuda.get_device_capability(device) < OLDEST_CUDA:
+        found = torch.cuda.get_device_capability(device)
+        return f"needs compute capability {OLDEST_CUDA} or newer, got {found}; use another device"
+    if dtype == torch.float64:
+        return "computes in at most float32 on a GPU, got float64; use precision bf16 or fp32"
+    return None
+
+
+def resolve_nsa(backend: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Name of the implementation of NSA's branches for ``device``.
+
+    Args:
+        backend: "auto" or one of NSA_BACKENDS; auto picks Triton on CUDA.
+        device: where the model will run.
+        dtype: of queries, keys and values in there.
+
+    Raises:
+        BackendUnavailable: an explicit choice that cannot run so.
+    """
+    device = torch.device(device)
+    if backend == "auto":
+        fast = device.type == "cuda" and _triton_needs(device, dtype) is None
+        chosen = "triton" if fast else "reference"
+        log.info("ops: nsa=%s (auto, %s, %s)", chosen, device.type, dtype)
+        return chosen
+    if backend not in NSA_BACKENDS:
+        raise BackendUnavailable(
+            f"unknown ops.nsa '{backend}'; expected auto or one of {NSA_BACKENDS}"
+        )
+    needs = _triton_needs(device, dtype) if backend == "triton" else None
+    if needs is not None:
+        raise BackendUnavailable(f"ops.nsa=triton {needs}, or use ops.nsa=auto or reference")
+    log.info("ops: nsa=%s (asked for, %s)", backend, device.type)
+    return backend
+
+
+def nsa_branches(backend: str) -> ModuleType:
+    """NSA's branches by the back-end that :func:`resolve_nsa` named."""
+    if backend == "triton":
+        from tiny_onn_kernels.nsa import kernel
+
+        return kernel
+    return nsa
 
 
 def run_experts(

@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -128,6 +129,12 @@ class Inputs:
     ) -> tuple[Tensor, Tensor]:
         """Output and chosen blocks of the reference."""
         return nsa_attention(*self.tensors(), layout, count, index_NKn)
+
+    def run_with(
+        self, implementation: ModuleType, layout: NsaLayout, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Output and chosen blocks of any module with the reference's names."""
+        return implementation.nsa_attention(*self.tensors(), layout, count)
 
 
 def choices_of(index_NKn: Tensor) -> list[list[set[int]]]:

@@ -81,6 +81,11 @@ class Blocks:
     row_ML: Tensor
     most: int
 
+    @cached_property
+    def first_row_M(self) -> Tensor:
+        """int64 (M,) row of every run's first token, side by side."""
+        return self.row_ML[:, 0].contiguous()
+
 
 @dataclass(frozen=True)
 class Cover:
@@ -200,6 +205,21 @@ class NsaLayout:
         number_C1 = number_C[:, None]
         visible_SCR = compressed_visible(end_SR[:, None], number_C1, self.block, self.stride)
         return key_SC, visible_SCR
+
+    @cached_property
+    def compressed_range(self) -> tuple[Tensor, Tensor]:
+        """int32 (N,) first compressed row that a token sees, and the one after its last: one run.
+        Neither ever falls from a token to the next."""
+        first_N = self.compressed.first_B[self.doc_N]
+        count_N = ((self.end_N + 1 - self.block + self.stride) // self.stride).clamp(min=0)
+        return first_N.int(), (first_N + count_N).int()
+
+    @cached_property
+    def window_range(self) -> tuple[Tensor, Tensor]:
+        """As ``compressed_range``: the token rows of every window."""
+        first_N, stop_N = window_bounds(self.time_N, self.prefix_B[self.doc_N], self.window)
+        start_N = self.start_B[self.doc_N]
+        return (start_N + first_N).int(), (start_N + stop_N).int()
 
     @cached_property
     def window_keys(self) -> tuple[Tensor, Tensor]:

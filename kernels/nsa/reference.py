@@ -27,8 +27,10 @@ from tiny_onn_kernels.nsa.window import window_attention
 __all__ = [
     "NUM_FORCED",
     "NsaLayout",
+    "attend_compressed_and_choose",
     "block_scores",
     "choose_blocks",
+    "choose_in_step",
     "combine",
     "compress",
     "compress_packed",
@@ -61,6 +63,32 @@ def select_blocks(share_NKC: Tensor, layout: NsaLayout, count: int) -> Tensor:
     return choose_blocks(score_NKJ, layout.time_N, layout.end_N, layout.select_block, count)
 
 
+def attend_compressed_and_choose(
+    q_NHD: Tensor, k_MKD: Tensor, v_MKE: Tensor, layout: NsaLayout, count: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`compressed_attention` and the ``count`` blocks it chooses, (N, H, E) and (N, K, n):
+    one call, so that a kernel need not hand out p_cmp."""
+    out_NHE, share_NKC = compressed_attention(q_NHD, k_MKD, v_MKE, layout, want_share=True)
+    return out_NHE, select_blocks(share_NKC, layout, count)
+
+
+def choose_in_step(
+    share_BKC: Tensor,
+    time_B: Tensor,
+    block: int,
+    stride: int,
+    select_block: int,
+    num_blocks: int,
+    count: int,
+) -> Tensor:
+    """Chosen blocks (B, K, n) of one step's tokens, from what :func:`decode_compressed` returns.
+
+    time_B: int64 token numbers; num_blocks: selectable blocks of the longest row, at least.
+    """
+    score_BKJ = block_scores(share_BKC, block, stride, select_block, num_blocks)
+    return choose_blocks(score_BKJ, time_B, time_B, select_block, count)
+
+
 def nsa_attention(
     q_NHD: Tensor,
     k_compressed_MKD: Tensor,
@@ -88,12 +116,11 @@ def nsa_attention(
     Returns:
         (N, H, E) in the queries' dtype, and the chosen blocks, int64 (N, K, n), -1 for none.
     """
-    choose = index_NKn is None
-    compressed_NHE, share_NKC = compressed_attention(
-        q_NHD, k_compressed_MKD, v_compressed_MKE, layout, want_share=choose
-    )
-    if choose:
-        index_NKn = select_blocks(share_NKC, layout, count)
+    compressed = (q_NHD, k_compressed_MKD, v_compressed_MKE, layout)
+    if index_NKn is None:
+        compressed_NHE, index_NKn = attend_compressed_and_choose(*compressed, count)
+    else:
+        compressed_NHE, _ = compressed_attention(*compressed)
     selected_NHE = selected_attention(q_NHD, k_selected_NKD, v_selected_NKE, index_NKn, layout)
     window_NHE = window_attention(q_NHD, k_window_NKD, v_window_NKE, layout)
     out_NHE = combine(gate_NH3, compressed_NHE, selected_NHE, window_NHE)

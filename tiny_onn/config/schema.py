@@ -211,6 +211,9 @@ class OpsConfig:
     experts: Literal["auto", "loop", "grouped_mm"] = key(
         "auto", "how experts run: one after the other, or as one grouped product"
     )
+    nsa: Literal["auto", "reference", "triton"] = key(
+        "auto", "how NSA's branches run: in PyTorch, or by Triton kernels (auto: on CUDA)"
+    )
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def run_submit(config: SubmitConfig) -> int:
     loaded = load_model(config.checkpoint)
     device = choose_device(config.accelerator)
     precision = choose_precision(config.precision, device)
-    loaded.model.use_backend(config.ops.backend, device, precision, config.ops.experts)
+    ops = config.ops
+    loaded.model.use_backend(ops.backend, device, precision, ops.experts, ops.nsa)
     loaded.model.to(device)
     out = ensure_writable_dir(config.out)
     if config.threads > 0:

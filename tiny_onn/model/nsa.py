@@ -26,7 +26,7 @@ from tiny_onn.model.attention import AttentionContext, attend_cached
 from tiny_onn.model.nsa_cache import NsaCache
 from tiny_onn.model.nsa_plan import NsaPlan
 from tiny_onn.model.rope import rotate
-from tiny_onn.ops import nsa
+from tiny_onn.ops import nsa, nsa_branches
 
 POSITION_STD = 0.02
 """Standard deviation of the intra-block position encoding at the start."""
@@ -58,7 +58,8 @@ class BlockCompressor(nn.Module):
 class NativeSparseAttention(nn.Module):
     """``project`` before and ``out`` after ``attend``, as :class:`FullAttention`.
 
-    Gates start at one half. ``watch``, where set, is called by every packed forward with the gates
+    Gates start at one half. ``backend`` is a name that :func:`tiny_onn.ops.resolve_nsa` gave;
+    "reference" runs anywhere. ``watch``, where set, is called by every packed forward with the gates
     (N, H, 3) of the compressed, selected and window branch, and the chosen blocks (N, K, n) or
     None where no document needed a choice; both detached.
     """
@@ -86,6 +87,7 @@ class NativeSparseAttention(nn.Module):
         self.query_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
         self.compressed_key_norm = nn.RMSNorm(head_width) if qk_norm else nn.Identity()
+        self.backend = "reference"
         self.watch: Callable[[Tensor, Tensor | None], None] | None = None
 
     def project(
@@ -169,16 +171,18 @@ class NativeSparseAttention(nn.Module):
                 context.cache.fill(k_NKD, v_whole_NKD, context.doc_N, context.column_N)
             rotations = (context.cos, context.sin)
             context.cache.fill_compressed(compressed, raw_k_NKD, v_NKD, *rotations, layout)
-        compressed_NHD, share_NKC = nsa.compressed_attention(
-            q_NHD, *compressed, layout, want_share=plan.selected.layout is not None
-        )
-        if share_NKC is not None:
-            index_NKn = nsa.select_blocks(share_NKC, layout, self.settings.select_count)
+        branches = nsa_branches(self.backend)
+        if plan.selected.layout is None:
+            compressed_NHD, _ = branches.compressed_attention(q_NHD, *compressed, layout)
+        else:
+            compressed_NHD, index_NKn = branches.attend_compressed_and_choose(
+                q_NHD, *compressed, layout, self.settings.select_count
+            )
         chosen = () if index_NKn is None else (index_NKn,)
-        selected_NHD = plan.selected.attend(nsa.selected_attention, q_NHD, *pairs[0], *chosen)
+        selected_NHD = plan.selected.attend(branches.selected_attention, q_NHD, *pairs[0], *chosen)
         known_NHD = selected_NHD if plan.window_known else None
         window_NHD = plan.window.attend(
-            nsa.window_attention, q_NHD, *pairs[-1], known_NHD=known_NHD
+            branches.window_attention, q_NHD, *pairs[-1], known_NHD=known_NHD
         )
         if self.watch is not None:
             self.watch(gate_NH3.detach(), index_NKn)
@@ -201,26 +205,26 @@ class NativeSparseAttention(nn.Module):
         compressed = cache.append_compressed(
             raw_k_BKD, v_BFKD[:, 0], context.cos, context.sin, self.compress
         )
-        compressed_BHD, share_BKC = nsa.decode_compressed(q_BHD, *compressed, cache.count_B)
+        branches = nsa_branches(self.backend)
+        compressed_BHD, share_BKC = branches.decode_compressed(q_BHD, *compressed, cache.count_B)
         reads_all = cache.reads_all(settings.select_count * settings.select_block)
         if reads_all:
             selected_BHD = attend_cached(q_BHD, *seen[0], context.bias_B11T)
         else:
-            score_BKJ = nsa.block_scores(
+            index_BKn = branches.choose_in_step(
                 share_BKC,
+                time_B,
                 settings.block,
                 settings.stride,
                 settings.select_block,
                 cache.longest // settings.select_block + 1,
+                settings.select_count,
             )
-            index_BKn = nsa.choose_blocks(
-                score_BKJ, time_B, time_B, settings.select_block, settings.select_count
-            )
-            selected_BHD = nsa.decode_selected(
+            selected_BHD = branches.decode_selected(
                 q_BHD, *seen[0], index_BKn, time_B, settings.select_block
             )
         if not cache.reads_all(settings.window):
-            window_BHD = nsa.decode_window(q_BHD, *seen[-1], time_B, settings.window)
+            window_BHD = branches.decode_window(q_BHD, *seen[-1], time_B, settings.window)
         elif reads_all and len(seen) == 1:
             window_BHD = selected_BHD
         else:

@@ -38,7 +38,7 @@ from tiny_onn.model.packed_attention import (
 )
 from tiny_onn.model.rope import Rope3D
 from tiny_onn.model.token_context import PackedTokens, TokenHistory
-from tiny_onn.ops import resolve_attention, resolve_experts
+from tiny_onn.ops import resolve_attention, resolve_experts, resolve_nsa
 
 
 @dataclass
@@ -91,6 +91,12 @@ class TinyONN(nn.Module):
         """The blocks' FFNs that have experts, first to last."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, DynMoE)]
 
+    @property
+    def sparse_attention_layers(self) -> list[NativeSparseAttention]:
+        """The blocks' attentions that are NSA, first to last."""
+        layers = [block.attention for block in self.blocks]
+        return [layer for layer in layers if isinstance(layer, NativeSparseAttention)]
+
     def _attention(self, layer: int) -> FullAttention | NativeSparseAttention:
         config = self.config
         sizes = (config.width, config.heads, config.kv_heads, config.head_width)
@@ -119,17 +125,22 @@ class TinyONN(nn.Module):
         device: torch.device | str,
         precision: str = "bf16",
         experts: str = "auto",
+        nsa: str = "auto",
     ) -> TinyONN:
         """Decide how attention and experts run on ``device`` (see :mod:`tiny_onn.ops`)."""
         self.attention_backend = resolve_attention(backend, device, precision)
+        dtype = self.head.weight.dtype
+        if dtype == torch.float32 and precision == "bf16":
+            dtype = torch.bfloat16
         if self.expert_layers:
-            dtype = self.head.weight.dtype
-            if dtype == torch.float32 and precision == "bf16":
-                dtype = torch.bfloat16
             width, hidden = self.config.width, self.moe.expert_width
             chosen = resolve_experts(experts, device, dtype, width, hidden)
             for layer in self.expert_layers:
                 layer.experts.backend = chosen
+        if self.sparse_attention_layers:
+            chosen = resolve_nsa(nsa, device, dtype)
+            for layer in self.sparse_attention_layers:
+                layer.backend = chosen
         return self
 
     def plan_attention(self, batch: Any) -> Attend | NsaPlan:

@@ -165,7 +165,8 @@ class _Run:
             make_loggers(self.folder, config.trainer.tensorboard) if self.first else [],
         )
         device = trainer.strategy.root_device
-        model.use_backend(config.ops.backend, device, config.trainer.precision, config.ops.experts)
+        ops, precision = config.ops, config.trainer.precision
+        model.use_backend(ops.backend, device, precision, ops.experts, ops.nsa)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if config.trainer.compile:

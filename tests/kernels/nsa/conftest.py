@@ -1,5 +1,7 @@
 """What NSA's tests share: comparison with the naive branches, full attention, phi's parameters."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -91,3 +93,44 @@ def pipeline(branches):
         return compressed, selected, nsa.window_attention(q, k, v, layout), index
 
     return run
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    """The Triton implementation, on a GPU or in the interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install triton")
+    from tiny_onn_kernels.nsa import kernel
+
+    if not (kernel.INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("no GPU, and TRITON_INTERPRET=1 was not set before triton was imported")
+    return kernel
+
+
+@pytest.fixture(scope="session")
+def device(kernel):
+    """Where kernels run."""
+    return "cpu" if kernel.INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """Root mean square of the difference to a float64 reference, at most ``limit`` of its own; of
+    0.1 where the right numbers are smaller (gradients that are zero but for rounding)."""
+
+    def check(got, want, limit, what=""):
+        got, want = got.detach().double().cpu(), want.detach().double().cpu()
+        assert got.shape == want.shape, what
+        assert got.isfinite().all(), what
+        error = (got - want).norm() / want.norm().clamp(min=0.1 * want.numel() ** 0.5)
+        assert error <= limit, f"{what}: relative RMS {error:.2e}, at most {limit:.0e}"
+
+    return check
