@@ -1,6 +1,7 @@
 # make demo: train, predict, submit and score on two CPU cores in ten minutes (after the set-up)
 # make test: linter and the whole suite      make bench: speed      make race: nano219, three seeds
 # make ablation: what each sparse part buys (2 hours on two cores; goes on where it was stopped)
+# make kernels-compile: every kernel for sm_80 and sm_90, without a GPU; registers, spills, memory
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -9,7 +10,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: setup demo test lint bench race ablation
+.PHONY: setup demo test lint bench race ablation kernels-compile
 
 setup: $(STAMP)
 
@@ -53,3 +54,6 @@ race: setup
 
 ablation: setup
 	$(RUN) exp/ablation/sparse_parts.py --threads 1 --jobs 2
+
+kernels-compile: setup
+	$(RUN) -m tiny_onn_kernels.compile_check

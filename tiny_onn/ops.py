@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from tiny_onn_kernels.nsa import reference as nsa_reference
 log = logging.getLogger("tiny_onn")
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
-EXPERT_BACKENDS = ("loop", "grouped_mm")
+EXPERT_BACKENDS = ("loop", "grouped_mm", "triton")
 
 nsa = nsa_reference
 """NSA's branches: the PyTorch implementation, on every device (there is no other yet)."""
@@ -84,6 +85,26 @@ def resolve_attention(backend: str, device: torch.device | str, precision: str =
     return backend
 
 
+def triton_experts_need(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What ops.experts=triton lacks on ``device`` in ``dtype``, with the remedy; None: nothing.
+
+    On a CPU the kernels run only through Triton's interpreter, for tests.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton, which is not installed; pip install 'triton>=3.6'"
+    if dtype.itemsize > 4:
+        return f"float32 or less, got {dtype}; set precision to bf16 or fp32"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        wrong = dtype == torch.bfloat16
+        return "float32 or float16 in Triton's interpreter, got bfloat16" if wrong else None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"a CUDA device, got {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"compute capability 8.0 (Ampere) or newer, got {capability[0]}.{capability[1]}"
+    return None
+
+
 def resolve_experts(
     backend: str, device: torch.device | str, dtype: torch.dtype, width: int, hidden: int
 ) -> str:
@@ -101,9 +122,11 @@ def resolve_experts(
     device = torch.device(device)
     needs = moe_reference.grouped_mm_needs(dtype, width, hidden)
     if backend == "auto":
-        # On CUDA the product is a kernel in bfloat16 only.
+        # On CUDA torch's product is a kernel in bfloat16 only.
         fast = device.type != "cuda" or dtype == torch.bfloat16
         chosen = "grouped_mm" if needs is None and fast else "loop"
+        if device.type == "cuda" and triton_experts_need(device, dtype) is None:
+            chosen = "triton"
         log.info("ops: experts=%s (auto, %s, %s)", chosen, device.type, dtype)
         return chosen
     if backend not in EXPERT_BACKENDS:
@@ -114,6 +137,10 @@ def resolve_experts(
         raise BackendUnavailable(
             f"ops.experts=grouped_mm needs {needs} (model.width and moe.expert_width); "
             "change them, or use ops.experts=auto or loop"
+        )
+    if backend == "triton" and (lack := triton_experts_need(device, dtype)) is not None:
+        raise BackendUnavailable(
+            f"ops.experts=triton needs {lack}; or use ops.experts=auto, grouped_mm or loop"
         )
     log.info("ops: experts=%s (asked for, %s)", backend, device.type)
     return backend
@@ -131,4 +158,6 @@ def run_experts(
     run = moe_reference.expert_ffn
     if backend == "grouped_mm":
         run = moe_reference.expert_ffn_grouped
+    elif backend == "triton":
+        from tiny_onn_kernels.moe.kernel import expert_ffn as run  # triton need not be there
     return run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF)

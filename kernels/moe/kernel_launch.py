@@ -1,0 +1,77 @@
+"""Tile sizes, launch sizes and number formats: chosen on the host, from shapes and dtypes alone."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+MANY_TOKENS = 4096
+"""From here on tiles have 128 rows: experts then have enough of them to fill most."""
+
+PROGRAMS_PER_PROCESSOR = 64
+"""Work is handed out in this many programs for each multiprocessor, and each takes every so-manieth
+tile. Few enough that those which find no tile cost little (buffers are sized for all pairs, and
+only the device knows how many there are), many enough that the hardware balances the load."""
+
+INTERPRETED_PROGRAMS = 4
+"""Few, so that tests see a program take several tiles."""
+
+
+class Tiling(NamedTuple):
+    """Rows and columns of the tile that a program computes, and the part of the sum it reads at a
+    time."""
+
+    rows: int
+    columns: int
+    inner: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Warps for 32 to 96 accumulators of each thread; stages that fill 96 KiB at most."""
+        wide = self.rows * self.columns >= 128 * 64
+        return {"num_warps": 8 if wide else 4, "num_stages": 3}
+
+
+def block_rows(num_tokens: int) -> int:
+    """Rows of a tile of pairs; all kernels of a call share it, and with it the tile map."""
+    if num_tokens >= MANY_TOKENS:
+        return 128
+    return 64 if num_tokens > 32 else 16
+
+
+def _block(width: int, most: int) -> int:
+    """A power of two from 16 (what a matrix unit needs) to ``most``, no wider than it must be."""
+    return min(most, max(16, triton.next_power_of_2(width)))
+
+
+def tiling(rows: int, width: int, inner: int, dtype: torch.dtype, accumulators: int = 1) -> Tiling:
+    """For a product of ``inner`` by ``width`` with so many accumulators of one tile's size."""
+    twice = rows == 128 and width % 128 == 0 and accumulators == 1
+    return Tiling(rows, _block(width, 128 if twice else 64), _block(inner, 128 // dtype.itemsize))
+
+
+def num_programs(work: int, device: torch.device) -> int:
+    """Programs for at most ``work`` tiles; at least one, which may find nothing to do."""
+    limit = INTERPRETED_PROGRAMS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        limit = PROGRAMS_PER_PROCESSOR * processors
+    return max(1, min(work, limit))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def numbers(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of a kernel: the type of its sums, and how float32 enters a matrix unit.
+
+    TF32 where ``torch.set_float32_matmul_precision`` allows it, as in torch's own products.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return {
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "PRECISION": "ieee" if exact else "tf32",
+    }
