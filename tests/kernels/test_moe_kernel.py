@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
 
+from tiny_onn.model.experts import Experts
 from tiny_onn_kernels.moe import kernel, kernel_launch, kernel_pairs, reference
 from tiny_onn_kernels.moe.cases import (
     CASES,
@@ -241,6 +242,15 @@ def test_the_operators_are_registered_rightly_and_compile_into_one_graph():
         out_NC = run(x_NC, mask_NE, *floats)
         found.append([out_NC, *torch.autograd.grad(out_NC.square().sum(), leaves)])
     assert_near(*found, 1e-6)
+
+
+def test_a_layers_experts_compile_into_one_graph():
+    experts = Experts(width=16, hidden=24, experts=5).to(DEVICE)
+    x_NC, mask_NE, weight_NE, *_ = (t.to(DEVICE) for t in make_inputs(CASES[0], torch.float32))
+    want_NC = experts(x_NC, mask_NE, weight_NE)
+    experts.backend = "triton"
+    compiled = torch.compile(experts, backend="aot_eager", fullgraph=True)
+    assert_near([compiled(x_NC, mask_NE, weight_NE)], [want_NC], 1e-5)
 
 
 def test_the_signatures_are_the_references():
