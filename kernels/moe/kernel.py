@@ -12,6 +12,8 @@ rows, the most pairs there can be, and only as many as are active are computed. 
 Shapes: N tokens, E experts, C width, F hidden width of an expert, H = 2 F, P = N * E rows of pairs.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -92,7 +92,7 @@ def hidden_gradient(
             inside_CF = inside_C[:, None] & inside_F[None, :]
             grad_PC = tl.load(grad_row_P[:, None] + inner_C[None, :], mask=inside_PC, other=0.0)
             down_CF = tl.load(matrix_F[None, :] + inner_C[:, None] * F, mask=inside_CF, other=0.0)
-            grad_PF = tl.dot(grad_PC, down_CF, grad_PF, input_precision=PRECISION)
+            grad_PF = tl.dot(grad_PC, down_CF, grad_PF, input_precision=PRECISION, out_dtype=ACC)
 
         sigmoid_PF = tl.sigmoid(gate_PF)
         silu_PF = gate_PF * sigmoid_PF
@@ -195,7 +195,7 @@ def matrix_gradient(
         place_PK = right_ptr + right_P[:, None] * K + column_K[None, :]
         left_JP = tl.load(place_JP, mask=inside_JP, other=0.0)
         right_PK = tl.load(place_PK, mask=inside_PK, other=0.0)
-        out_JK = tl.dot(left_JP, right_PK, out_JK, input_precision=PRECISION)
+        out_JK = tl.dot(left_JP, right_PK, out_JK, input_precision=PRECISION, out_dtype=ACC)
     place_JK = expert.to(tl.int64) * J * K + column_J[:, None] * K + column_K[None, :]
     inside_JK = inside_J[:, None] & inside_K[None, :]
     tl.store(out_ptr + place_JK, out_JK.to(out_ptr.dtype.element_ty), mask=inside_JK)
@@ -236,7 +236,7 @@ def differentiate_hidden(
     num_tokens, num_experts = weight_NE.shape
     _, width, hidden = down_ECF.shape
     num_rows, rows = len(layout.token_P), block_rows(num_tokens)
-    tile = tiling(rows, hidden, width, x_NC.dtype, accumulators=3)
+    tile = tiling(rows, hidden, width, x_NC.dtype, accumulators=4 if norms else 3)
     num_blocks, num_sums = triton.cdiv(hidden, tile.columns), 3 if norms else 1
     wide = accumulator(x_NC.dtype)
     grad_inner_PH = x_NC.new_empty(num_rows, 2 * hidden)

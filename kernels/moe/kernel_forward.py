@@ -59,8 +59,8 @@ def gate_and_up(
         x_PC = tl.load(x_row_P[:, None] + inner_C[None, :], mask=inside_PC, other=0.0)
         gate_CF = tl.load(place_CF, mask=inside_CF, other=0.0)
         up_CF = tl.load(place_CF + F * C, mask=inside_CF, other=0.0)
-        gate_PF = tl.dot(x_PC, gate_CF, gate_PF, input_precision=PRECISION)
-        up_PF = tl.dot(x_PC, up_CF, up_PF, input_precision=PRECISION)
+        gate_PF = tl.dot(x_PC, gate_CF, gate_PF, input_precision=PRECISION, out_dtype=ACC)
+        up_PF = tl.dot(x_PC, up_CF, up_PF, input_precision=PRECISION, out_dtype=ACC)
     return gate_PF, up_PF
 
 
@@ -147,7 +147,7 @@ def expert_product(
             place_KJ = matrix_J[None, :] + inner_K[:, None] * STRIDE_K
             rows_PK = tl.load(place_PK, mask=inside_PK, other=0.0)
             matrix_KJ = tl.load(place_KJ, mask=inside_KJ, other=0.0)
-            out_PJ = tl.dot(rows_PK, matrix_KJ, out_PJ, input_precision=PRECISION)
+            out_PJ = tl.dot(rows_PK, matrix_KJ, out_PJ, input_precision=PRECISION, out_dtype=ACC)
         place_PJ = out_ptr + row_P[:, None] * J + column_J[None, :]
         inside_PJ = inside_P[:, None] & inside_J[None, :]
         tl.store(place_PJ, out_PJ.to(out_ptr.dtype.element_ty), mask=inside_PJ)

@@ -47,8 +47,10 @@ def _block(width: int, most: int) -> int:
 
 def tiling(rows: int, width: int, inner: int, dtype: torch.dtype, accumulators: int = 1) -> Tiling:
     """For a product of ``inner`` by ``width`` with so many accumulators of one tile's size."""
-    twice = rows == 128 and width % 128 == 0 and accumulators == 1
-    return Tiling(rows, _block(width, 128 if twice else 64), _block(inner, 128 // dtype.itemsize))
+    most = 32 if accumulators > 3 else 64
+    if rows == 128 and width % 128 == 0 and accumulators == 1:
+        most = 128
+    return Tiling(rows, _block(width, most), _block(inner, 128 // dtype.itemsize))
 
 
 def num_programs(work: int, device: torch.device) -> int:

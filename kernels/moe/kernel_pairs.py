@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiny_onn_kernels.moe.kernel_launch import block_rows, numbers
 
-MASK_ELEMENTS = 4096
+MASK_ELEMENTS = 2048
 """Of the mask in one program."""
 
 SUM_ELEMENTS = 1024
