@@ -168,7 +168,7 @@ def matrix_gradient(
 ):
     """out (E, J, K): the sum over an expert's pairs of left^T right; zeros if it has none.
 
-    One of the two, left (., J) or right (., K), has a row for every token, the other for every pair.
+    One of the two, left (., J) or right (., K), has a row for each token, the other for each pair.
     """
     blocks_J: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
     blocks_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K

@@ -128,7 +128,8 @@ def expert_product(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out (P, J) = rows (P, K) times the expert's matrix, element (k, j) of which lies at the strides."""
+    """out (P, J) = rows (P, K) times the expert's matrix (K, J), which lies in memory as STRIDE_K
+    and STRIDE_J say."""
     columns: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J
     work = tl.program_id(0)
     end = tl.load(tiles_ptr) * columns

@@ -25,12 +25,12 @@ class Tiling(NamedTuple):
     rows: int
     columns: int
     inner: int
+    num_warps: int
 
     @property
     def options(self) -> dict[str, int]:
-        """Warps for 32 to 96 accumulators of each thread; stages that fill 96 KiB at most."""
-        wide = self.rows * self.columns >= 128 * 64
-        return {"num_warps": 8 if wide else 4, "num_stages": 3}
+        """Stages fill 96 KiB of shared memory at most."""
+        return {"num_warps": self.num_warps, "num_stages": 3}
 
 
 def block_rows(num_tokens: int) -> int:
@@ -46,11 +46,15 @@ def _block(width: int, most: int) -> int:
 
 
 def tiling(rows: int, width: int, inner: int, dtype: torch.dtype, accumulators: int = 1) -> Tiling:
-    """For a product of ``inner`` by ``width`` with so many accumulators of one tile's size."""
+    """For a product of ``inner`` by ``width`` with so many accumulators of one tile's size.
+
+    From three on eight warps share even a small tile: four spill (make kernels-compile).
+    """
     most = 32 if accumulators > 3 else 64
     if rows == 128 and width % 128 == 0 and accumulators == 1:
         most = 128
-    return Tiling(rows, _block(width, most), _block(inner, 128 // dtype.itemsize))
+    num_warps = 8 if rows == 128 or (rows == 64 and accumulators > 2) else 4
+    return Tiling(rows, _block(width, most), _block(inner, 128 // dtype.itemsize), num_warps)
 
 
 def num_programs(work: int, device: torch.device) -> int:

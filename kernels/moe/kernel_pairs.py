@@ -4,7 +4,8 @@ A pair (token, expert) has a row in buffers of N * E rows, the most there can be
 knows how many are active, so no shape depends on it and nothing waits. Rows are expert by expert,
 tokens ascending; those from begin_E[E] on are unused and never read.
 
-Shapes: N tokens, E experts, C columns of a row, P = N * E rows, T tiles of rows, K chunks of tokens.
+Shapes: N tokens, E experts, C columns of a row, P = N * E rows, T tiles of rows, K chunks of
+tokens.
 """
 
 from typing import NamedTuple
@@ -129,7 +130,7 @@ def map_tiles(
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """begin_E and tile_T2 of one expert: no tile spans two experts, the last of one may be short."""
+    """begin_E and tile_T2 of one expert: no tile spans two, an expert's last may be short."""
     own = tl.program_id(0)
     expert_E = tl.arange(0, BLOCK_E)
     rows_E = tl.load(end_ptr + expert_E * K + K - 1, mask=expert_E < E, other=0)

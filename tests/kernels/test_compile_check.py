@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not here: one workload; `make kernels-compile` does them all."""
+"""Kernels compile for GPUs that are not here: one workload (`make kernels-compile`: all)."""
 
 import os
 import re
