@@ -1,7 +1,7 @@
 # make demo: train in two stages, predict, submit and score on two CPU cores in ten minutes (after the set-up)
 # make test: linter and the whole suite      make bench: speed      make race: nano219, three seeds
 # make ablation: what each sparse part buys (2 hours on two cores; goes on where it was stopped)
-# make kernels-compile: Triton kernels for sm_80 and sm_90, without a GPU
+# make kernels-compile: every kernel for sm_80 and sm_90, without a GPU; registers, spills, memory
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -53,11 +53,11 @@ lint: setup
 bench: setup
 	for script in exp/bench/*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
 
-kernels-compile: setup
-	env -u TRITON_INTERPRET $(RUN) exp/bench/compile_nsa.py
-
 race: setup
 	for seed in 0 1 2; do $(RUN) exp/race/nano219.py --seed $$seed || exit 1; done
 
 ablation: setup
 	$(RUN) exp/ablation/sparse_parts.py --threads 1 --jobs 2
+
+kernels-compile: setup
+	$(RUN) -m tiny_onn_kernels.compile_check

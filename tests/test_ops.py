@@ -1,5 +1,6 @@
 """Which implementation runs is decided once, loudly; what cannot run says what would."""
 
+import importlib.util
 import logging
 
 import pytest
@@ -7,37 +8,89 @@ import torch
 
 from tiny_onn import ops
 from tiny_onn.errors import BackendUnavailable
+from tiny_onn.ops import resolve_experts, resolve_nsa
+
+SIZES = (32, 8)
 
 
-def test_auto_picks_the_reference_off_cuda_and_logs_it(caplog):
-    with caplog.at_level(logging.INFO, logger="tiny_onn"):
-        assert ops.resolve_nsa("auto", "cpu", torch.float32) == "reference"
-    assert "nsa=reference (auto, cpu" in caplog.text
+def resolve(op, backend, device, dtype):
+    if op == "nsa":
+        return resolve_nsa(backend, device, dtype)
+    return resolve_experts(backend, device, dtype, *SIZES)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(triton, capability)``: whether triton is installed; of which GPU, None: no GPU."""
+
+    def pretend(triton, capability, interpret=False):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
+
+    return pretend
+
+
+@pytest.mark.parametrize("op", ["nsa", "experts"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_auto_takes_our_kernels_on_a_gpu_and_says_so(machine, op, dtype, caplog):
+    machine(triton=True, capability=(8, 0))
+    with caplog.at_level(logging.INFO, "tiny_onn"):
+        assert resolve(op, "auto", "cuda", dtype) == "triton"
+    assert f"ops: {op}=triton (auto, cuda" in caplog.text
+
+
+@pytest.mark.parametrize(("op", "otherwise"), [("nsa", "reference"), ("experts", "loop")])
+def test_auto_takes_torchs_operations_where_ours_cannot_run(machine, op, otherwise, caplog):
+    machine(triton=True, capability=(9, 0))
+    with caplog.at_level(logging.INFO, "tiny_onn"):
+        assert resolve(op, "auto", "cpu", torch.float32) != "triton"
+    assert f"ops: {op}=" in caplog.text and "(auto, cpu" in caplog.text
+    assert resolve(op, "auto", "cuda", torch.float64) == otherwise
+    machine(triton=True, capability=(7, 5))
+    assert resolve(op, "auto", "cuda", torch.float32) == otherwise
+    machine(triton=False, capability=(9, 0))
+    assert resolve(op, "auto", "cuda", torch.float32) == otherwise
+
+
+@pytest.mark.parametrize("op", ["nsa", "experts"])
+@pytest.mark.parametrize(
+    ("triton", "capability", "device", "dtype", "needs"),
+    [
+        (False, (9, 0), "cuda", torch.float32, "the package triton.*pip install"),
+        (True, None, "cpu", torch.float32, "a CUDA device, got cpu.*TRITON_INTERPRET=1"),
+        (True, None, "cuda", torch.float32, "a CUDA device, got none"),
+        (True, (7, 5), "cuda", torch.float32, "8.0 .*got 7.5"),
+        (True, (9, 0), "cuda", torch.float64, "float32 or less, got torch.float64"),
+    ],
+)
+def test_asking_for_our_kernels_where_they_cannot_run_names_the_remedy(
+    machine, op, triton, capability, device, dtype, needs
+):
+    machine(triton, capability)
+    with pytest.raises(BackendUnavailable, match=f"ops.{op}=triton needs {needs}.*auto"):
+        resolve(op, "triton", device, dtype)
+
+
+@pytest.mark.parametrize("op", ["nsa", "experts"])
+def test_the_interpreter_runs_our_kernels_on_a_cpu(machine, op):
+    machine(triton=True, capability=None, interpret=True)
+    assert resolve(op, "triton", "cpu", torch.float32) == "triton"
+
+
+@pytest.mark.parametrize("op", ["nsa", "experts"])
+def test_an_unknown_name_is_refused(op):
+    with pytest.raises(BackendUnavailable, match=f"unknown ops.{op} 'cuda'"):
+        resolve(op, "cuda", "cpu", torch.float32)
+
+
+def test_the_named_implementation_is_the_one_that_runs(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
+    from tiny_onn_kernels.moe import kernel as moe_kernel
+    from tiny_onn_kernels.nsa import kernel as nsa_kernel
+
+    monkeypatch.setattr(moe_kernel, "expert_ffn", lambda *tensors: tensors)
+    assert ops.run_experts("triton", 1, 2, 3, 4, 5) == (1, 2, 3, 4, 5)
+    assert ops.nsa_branches("triton") is nsa_kernel
     assert ops.nsa_branches("reference") is ops.nsa
-
-
-def test_auto_picks_triton_on_cuda_where_it_can_run(monkeypatch):
-    for lacking, chosen in ((None, "triton"), ("needs something", "reference")):
-        monkeypatch.setattr(ops, "_triton_needs", lambda *_, lacking=lacking: lacking)
-        assert ops.resolve_nsa("auto", "cuda", torch.bfloat16) == chosen
-
-
-def test_triton_that_is_not_installed_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match="pip install triton, or use ops.nsa=auto"):
-        ops.resolve_nsa("triton", "cuda", torch.bfloat16)
-
-
-def test_triton_without_a_gpu_is_refused_outside_the_interpreter(monkeypatch):
-    kernel = pytest.importorskip("tiny_onn_kernels.nsa.kernel", reason="triton is not installed")
-    monkeypatch.setattr(kernel, "INTERPRETED", False)
-    with pytest.raises(BackendUnavailable, match="CUDA device, got cpu.*TRITON_INTERPRET=1"):
-        ops.resolve_nsa("triton", "cpu", torch.float32)
-    monkeypatch.setattr(kernel, "INTERPRETED", True)
-    assert ops.resolve_nsa("triton", "cpu", torch.float32) == "triton"
-    assert ops.nsa_branches("triton") is kernel
-
-
-def test_an_unknown_name_is_refused():
-    with pytest.raises(BackendUnavailable, match="unknown ops.nsa 'cuda'"):
-        ops.resolve_nsa("cuda", "cpu", torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from types import ModuleType
 
 import torch
@@ -21,7 +22,7 @@ from tiny_onn_kernels.nsa import reference as nsa_reference
 log = logging.getLogger("tiny_onn")
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
-EXPERT_BACKENDS = ("loop", "grouped_mm")
+EXPERT_BACKENDS = ("loop", "grouped_mm", "triton")
 NSA_BACKENDS = ("reference", "triton")
 OLDEST_CUDA = (8, 0)
 """Compute capability that the Triton kernels are compiled for, at least: Ampere."""
@@ -89,6 +90,27 @@ def resolve_attention(backend: str, device: torch.device | str, precision: str =
     return backend
 
 
+def triton_needs(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What our Triton kernels lack on ``device`` in ``dtype``, with the remedy; None: nothing.
+
+    On a CPU they run only through Triton's interpreter, for tests.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton, which is not installed; pip install 'triton>=3.6'"
+    if dtype.itemsize > 4:
+        return f"float32 or less, got {dtype}; set precision to bf16 or fp32"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        found = device.type if device.type != "cuda" else "none"
+        return f"a CUDA device, got {found}; set TRITON_INTERPRET=1 (slow, for tests)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CUDA:
+        wanted, got = (".".join(map(str, pair)) for pair in (OLDEST_CUDA, capability))
+        return f"compute capability {wanted} (Ampere) or newer, got {got}; use another device"
+    return None
+
+
 def resolve_experts(
     backend: str, device: torch.device | str, dtype: torch.dtype, width: int, hidden: int
 ) -> str:
@@ -106,9 +128,11 @@ def resolve_experts(
     device = torch.device(device)
     needs = moe_reference.grouped_mm_needs(dtype, width, hidden)
     if backend == "auto":
-        # On CUDA the product is a kernel in bfloat16 only.
+        # On CUDA torch's product is a kernel in bfloat16 only.
         fast = device.type != "cuda" or dtype == torch.bfloat16
         chosen = "grouped_mm" if needs is None and fast else "loop"
+        if device.type == "cuda" and triton_needs(device, dtype) is None:
+            chosen = "triton"
         log.info("ops: experts=%s (auto, %s, %s)", chosen, device.type, dtype)
         return chosen
     if backend not in EXPERT_BACKENDS:
@@ -120,27 +144,12 @@ def resolve_experts(
             f"ops.experts=grouped_mm needs {needs} (model.width and moe.expert_width); "
             "change them, or use ops.experts=auto or loop"
         )
+    if backend == "triton" and (lack := triton_needs(device, dtype)) is not None:
+        raise BackendUnavailable(
+            f"ops.experts=triton needs {lack}, or use ops.experts=auto, grouped_mm or loop"
+        )
     log.info("ops: experts=%s (asked for, %s)", backend, device.type)
     return backend
-
-
-def _triton_needs(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What the Triton kernels lack here, and the remedy; None: nothing."""
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton, which is not installed; pip install triton"
-    from tiny_onn_kernels.nsa import kernel
-
-    if kernel.INTERPRETED:
-        return None
-    if device.type != "cuda" or not torch.cuda.is_available():
-        found = device.type if device.type != "cuda" else "none"
-        return f"needs a CUDA device, got {found}; set TRITON_INTERPRET=1 (slow, for tests)"
-    if torch.cuda.get_device_capability(device) < OLDEST_CUDA:
-        found = torch.cuda.get_device_capability(device)
-        return f"needs compute capability {OLDEST_CUDA} or newer, got {found}; use another device"
-    if dtype == torch.float64:
-        return "computes in at most float32 on a GPU, got float64; use precision bf16 or fp32"
-    return None
 
 
 def resolve_nsa(backend: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -156,7 +165,7 @@ def resolve_nsa(backend: str, device: torch.device | str, dtype: torch.dtype) ->
     """
     device = torch.device(device)
     if backend == "auto":
-        fast = device.type == "cuda" and _triton_needs(device, dtype) is None
+        fast = device.type == "cuda" and triton_needs(device, dtype) is None
         chosen = "triton" if fast else "reference"
         log.info("ops: nsa=%s (auto, %s, %s)", chosen, device.type, dtype)
         return chosen
@@ -164,9 +173,9 @@ def resolve_nsa(backend: str, device: torch.device | str, dtype: torch.dtype) ->
         raise BackendUnavailable(
             f"unknown ops.nsa '{backend}'; expected auto or one of {NSA_BACKENDS}"
         )
-    needs = _triton_needs(device, dtype) if backend == "triton" else None
+    needs = triton_needs(device, dtype) if backend == "triton" else None
     if needs is not None:
-        raise BackendUnavailable(f"ops.nsa=triton {needs}, or use ops.nsa=auto or reference")
+        raise BackendUnavailable(f"ops.nsa=triton needs {needs}, or use ops.nsa=auto or reference")
     log.info("ops: nsa=%s (asked for, %s)", backend, device.type)
     return backend
 
@@ -192,4 +201,6 @@ def run_experts(
     run = moe_reference.expert_ffn
     if backend == "grouped_mm":
         run = moe_reference.expert_ffn_grouped
+    elif backend == "triton":
+        from tiny_onn_kernels.moe.kernel import expert_ffn as run  # triton need not be there
     return run(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF)

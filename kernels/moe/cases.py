@@ -5,6 +5,7 @@ Shapes: N tokens, E experts, C width, F hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -84,3 +85,20 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, 
     floats = (normal(case.tokens, case.width), weight_NE, gate_up_EHC, down_ECF)
     x_NC, weight_NE, gate_up_EHC, down_ECF = (t.to(dtype) for t in floats)
     return x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF
+
+
+def run_case(
+    run: Callable[..., Tensor], case: Case, dtype: torch.dtype, device: str = "cpu"
+) -> list[Tensor]:
+    """Output and the gradients of x, weight, gate_up and down; zeros where there is none."""
+    x_NC, mask_NE, *floats = (t.to(device) for t in make_inputs(case, dtype))
+    leaves = [t.requires_grad_() for t in (x_NC, *floats)]
+    out_NC = run(x_NC, mask_NE, *floats)
+    generator = torch.Generator().manual_seed(9)
+    pull_NC = torch.randn(out_NC.shape, generator=generator, dtype=torch.float64)
+    gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if out_NC.requires_grad:
+        pull_NC = pull_NC.to(out_NC)
+        gradients = torch.autograd.grad(out_NC, leaves, pull_NC, allow_unused=True)
+    found = zip(gradients, leaves, strict=True)
+    return [out_NC.detach(), *(torch.zeros_like(p) if g is None else g for g, p in found)]

@@ -189,3 +189,49 @@ def grouped_mm_needs(dtype: torch.dtype, width: int, hidden: int) -> str | None:
     if width % multiple or hidden % multiple:
         return f"widths that are multiples of {multiple} in {dtype}, got {width} and {hidden}"
     return None
+
+
+class PairNorms(NamedTuple):
+    """Lengths of what a pair's parameter gradients are made of; 0 where a pair is inactive.
+
+    hidden_NE: |h|. grad_N: |g|, of the token's gradient. inner_NE: |(down^T g) o dh/da|, over both
+    halves. In float32, or float64.
+    """
+
+    hidden_NE: Tensor
+    grad_N: Tensor
+    inner_NE: Tensor
+
+
+@torch.no_grad()
+def expert_pair_norms(
+    x_NC: Tensor,
+    mask_NE: Tensor,
+    gate_up_EHC: Tensor,
+    down_ECF: Tensor,
+    grad_NC: Tensor,
+) -> PairNorms:
+    """What a pair would add to the gradients of its expert, in length, per unit of its weight.
+
+    The gradient of ``down`` is g h^T and that of ``gate_up`` is ((down^T g) o dh/da) x^T, both of
+    rank one, so their squared lengths are |h|^2 |g|^2 and |(down^T g) o dh/da|^2 |x|^2.
+
+    Args:
+        x_NC, mask_NE, gate_up_EHC, down_ECF: as in :func:`expert_ffn`.
+        grad_NC: g, gradient of the experts' weighted sum.
+    """
+    pairs = dispatch(mask_NE)
+    wide = torch.promote_types(x_NC.dtype, torch.float32)
+    gate_PF, up_PF = _loop(x_NC[pairs.token_P], gate_up_EHC, pairs.ends_E).to(wide).chunk(2, dim=1)
+    grad_PF = _loop(grad_NC[pairs.token_P], down_ECF.mT, pairs.ends_E).to(wide)
+    sigmoid_PF = gate_PF.sigmoid()
+    silu_PF = gate_PF * sigmoid_PF
+    slope_PF = sigmoid_PF + silu_PF * (1 - sigmoid_PF)
+    inner_PH = torch.cat([grad_PF * up_PF * slope_PF, grad_PF * silu_PF], dim=1)
+
+    def spread(rows_PX: Tensor) -> Tensor:
+        place = mask_NE.new_zeros(mask_NE.numel(), dtype=wide)
+        return place.index_copy_(0, pairs.place_P, rows_PX.norm(dim=1)).view(mask_NE.shape)
+
+    grad_N = torch.linalg.vector_norm(grad_NC, dim=1, dtype=wide)
+    return PairNorms(spread(silu_PF * up_PF), grad_N, spread(inner_PH))

@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tiny_onn_kernels.kernel_numbers import INTERPRETED
 from tiny_onn_kernels.nsa.kernel_band import band
 from tiny_onn_kernels.nsa.kernel_decode import decode_compressed, decode_selected, decode_window
-from tiny_onn_kernels.nsa.kernel_launch import INTERPRETED, same_dtype
+from tiny_onn_kernels.nsa.kernel_launch import same_dtype
 from tiny_onn_kernels.nsa.kernel_select import choose, choose_from_share, share
 from tiny_onn_kernels.nsa.kernel_selected import goes_keys_first, selected
 from tiny_onn_kernels.nsa.layout import TILE

@@ -21,13 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_onn_kernels.nsa.kernel_launch import (
-    number_types,
-    padded,
-    sum_dtype,
-    tile_sizes,
-    unit_stride,
-)
+from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
+from tiny_onn_kernels.nsa.kernel_launch import padded, tile_sizes, unit_stride
 from tiny_onn_kernels.nsa.kernel_softmax import (
     load_rows,
     settle,
@@ -154,9 +149,7 @@ def _backward_keys(
         head_R = group * G + row_R % G
         query_R = token_R * num_heads + head_R
         q_RD = load_rows(Q, token_R * stride_qn + head_R * stride_qh, real_R, D, BLOCK_D, DOT)
-        grad_RE = load_rows(
-            GRAD, token_R * stride_gn + head_R * stride_gh, real_R, E, BLOCK_E, DOT
-        )
+        grad_RE = load_rows(GRAD, token_R * stride_gn + head_R * stride_gh, real_R, E, BLOCK_E, DOT)
         first_R = tl.load(FIRST + token_R, mask=real_R, other=0x7FFFFFFF)
         stop_R = tl.load(STOP + token_R, mask=real_R, other=0)
         lse_R = tl.load(LSE + query_R, mask=real_R, other=float("inf"))

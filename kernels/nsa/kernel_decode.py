@@ -19,13 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_onn_kernels.nsa.kernel_launch import (
-    number_types,
-    padded,
-    same_dtype,
-    sum_dtype,
-    unit_stride,
-)
+from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
+from tiny_onn_kernels.nsa.kernel_launch import padded, same_dtype, unit_stride
 from tiny_onn_kernels.nsa.kernel_softmax import load_rows, store_rows, take_in
 
 PLACES = 64

@@ -157,9 +157,7 @@ def pairs_backward(
         )
         query_R = token_R * num_heads + head_R
         q_RD = load_rows(Q, token_R * stride_qn + head_R * stride_qh, real_R, D, BLOCK_D, DOT)
-        grad_RE = load_rows(
-            GRAD, token_R * stride_gn + head_R * stride_gh, real_R, E, BLOCK_E, DOT
-        )
+        grad_RE = load_rows(GRAD, token_R * stride_gn + head_R * stride_gh, real_R, E, BLOCK_E, DOT)
         end_R = tl.load(END + token_R, mask=real_R, other=-1)
         lse_R = tl.load(LSE + query_R, mask=real_R, other=float("inf"))
         delta_R = tl.load(DELTA + query_R, mask=real_R, other=0.0)

@@ -1,26 +1,15 @@
-"""What every launch of NSA's kernels needs: dtypes, paddings, tile sizes, precision of products."""
+"""What every launch of NSA's kernels needs: one dtype, paddings, tile sizes."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), on any device."""
+from tiny_onn_kernels.kernel_numbers import TRITON_TYPES
 
 NARROW_DOT = 16
 """Fewest rows, columns and terms of a product of tensor cores."""
-
-TRITON_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
 
 
 def padded(size: int) -> int:
@@ -41,26 +30,6 @@ def same_dtype(*tensors: Tensor) -> None:
             f"got {sorted(map(str, dtypes))}; expected queries, keys and values of one of "
             f"{sorted(map(str, TRITON_TYPES))}; cast them, or use ops.nsa=reference"
         )
-
-
-def number_types(dtype: torch.dtype) -> dict[str, Any]:
-    """DOT: dtype of what is multiplied; SUM: of sums and softmax; PRECISION of float32 products.
-
-    float32 is multiplied exactly unless torch.set_float32_matmul_precision allows less. The
-    interpreter multiplies bfloat16 wrongly, without a word, so there it is widened first.
-    """
-    widen = INTERPRETED and dtype == torch.bfloat16
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return {
-        "DOT": tl.float32 if widen else TRITON_TYPES[dtype],
-        "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
-        "PRECISION": "ieee" if exact else "tf32",
-    }
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which sums, log-sum-exps and parts of gradients are stored."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tile_sizes(width: int, value_width: int, dtype: torch.dtype) -> dict[str, int]:

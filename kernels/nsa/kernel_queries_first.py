@@ -52,9 +52,7 @@ def selected_forward(
     total_R = tl.zeros([BLOCK_R], SUM)
     sum_RE = tl.zeros([BLOCK_R, BLOCK_E], SUM)
     for step in range(COUNT * PIECES):
-        row_C, seen_C = _chosen_keys(
-            INDEX, pair, step, start, end, SELECT_BLOCK, PIECES, BLOCK_C
-        )
+        row_C, seen_C = _chosen_keys(INDEX, pair, step, start, end, SELECT_BLOCK, PIECES, BLOCK_C)
         k_CD = load_rows(K, row_C * stride_kn + group * stride_kh, seen_C, D, BLOCK_D, DOT)
         v_CE = load_rows(V, row_C * stride_vn + group * stride_vh, seen_C, E, BLOCK_E, DOT)
         peak_R, total_R, sum_RE = take_in(
@@ -92,9 +90,7 @@ def selected_backward_queries(
     lse_R = tl.load(LSE + query_R, mask=real_R, other=float("inf"))
     grad_q_RD = tl.zeros([BLOCK_R, BLOCK_D], SUM)
     for step in range(COUNT * PIECES):
-        row_C, seen_C = _chosen_keys(
-            INDEX, pair, step, start, end, SELECT_BLOCK, PIECES, BLOCK_C
-        )
+        row_C, seen_C = _chosen_keys(INDEX, pair, step, start, end, SELECT_BLOCK, PIECES, BLOCK_C)
         k_CD = load_rows(K, row_C * stride_kn + group * stride_kh, seen_C, D, BLOCK_D, DOT)
         v_CE = load_rows(V, row_C * stride_vn + group * stride_vh, seen_C, E, BLOCK_E, DOT)
         _, grad_s_RC = weights_and_adjoint(

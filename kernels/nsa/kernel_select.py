@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, number_types, padded, unit_stride
+from tiny_onn_kernels.kernel_numbers import number_types
+from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, padded, unit_stride
 from tiny_onn_kernels.nsa.kernel_rank import keep_best, store_best
 from tiny_onn_kernels.nsa.kernel_softmax import load_rows
 from tiny_onn_kernels.nsa.select import NUM_LOCAL, overlap_taps

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
 from tiny_onn_kernels.nsa.kernel_keys_first import (
     add_pairs,
     add_parts,
@@ -24,14 +25,7 @@ from tiny_onn_kernels.nsa.kernel_keys_first import (
     pairs_backward,
     pairs_forward,
 )
-from tiny_onn_kernels.nsa.kernel_launch import (
-    NARROW_DOT,
-    number_types,
-    padded,
-    sum_dtype,
-    tile_sizes,
-    unit_stride,
-)
+from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, padded, tile_sizes, unit_stride
 from tiny_onn_kernels.nsa.kernel_queries_first import selected_backward_queries, selected_forward
 
 KEYS_FIRST_BELOW = 8

@@ -7,67 +7,48 @@ import torch
 import torch.nn.functional as F
 
 from tiny_onn_kernels.moe import reference
-from tiny_onn_kernels.moe.cases import CASES, ODD_CASES, Case, make_inputs, make_mask
+from tiny_onn_kernels.moe.cases import (
+    CASES,
+    ODD_CASES,
+    Case,
+    make_inputs,
+    make_mask,
+    run_case,
+)
+from tiny_onn_kernels.moe.naive import naive_expert_ffn
 from tiny_onn_kernels.moe.reference import (
     HAS_GROUPED_MM,
     expert_ffn,
     expert_ffn_grouped,
+    expert_pair_norms,
     grouped_mm_needs,
 )
 
 needs_grouped_mm = pytest.mark.skipif(not HAS_GROUPED_MM, reason="this torch has no grouped_mm")
 
 
-def oracle(x_NC, mask_NE, weight_NE, gate_up_EHC, down_ECF):
-    rows = []
-    for t in range(len(x_NC)):
-        y_C = torch.zeros(x_NC.shape[1], dtype=x_NC.dtype)
-        for e in range(mask_NE.shape[1]):
-            if mask_NE[t, e]:
-                a_F, b_F = (gate_up_EHC[e] @ x_NC[t]).chunk(2)
-                y_C = y_C + weight_NE[t, e] * (down_ECF[e] @ (a_F * torch.sigmoid(a_F) * b_F))
-        rows.append(y_C)
-    return torch.stack(rows) if rows else x_NC.clone()
-
-
-def results(run, case, dtype):
-    """Output and the gradients of x, weight, gate_up and down."""
-    x_NC, mask_NE, *floats = make_inputs(case, dtype)
-    leaves = [t.requires_grad_() for t in (x_NC, *floats)]
-    out_NC = run(x_NC, mask_NE, *floats)
-    shape = (case.tokens, case.width)
-    pull = torch.randn(shape, generator=torch.manual_seed(9), dtype=torch.float64).to(dtype)
-    gradients = (
-        torch.autograd.grad(out_NC, leaves, pull, allow_unused=True)
-        if out_NC.requires_grad
-        else [None] * 4
-    )
-    pairs = zip(gradients, leaves, strict=True)
-    return [out_NC.detach(), *(torch.zeros_like(p) if g is None else g for g, p in pairs)]
-
-
 @pytest.mark.parametrize("case", CASES + ODD_CASES, ids=str)
 def test_the_loop_equals_the_oracle_in_values_and_gradients(case):
-    got = results(expert_ffn, case, torch.float64)
-    for a, b in zip(got, results(oracle, case, torch.float64), strict=True):
+    got = run_case(expert_ffn, case, torch.float64)
+    for a, b in zip(got, run_case(naive_expert_ffn, case, torch.float64), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @needs_grouped_mm
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_grouped_product_equals_the_oracle_in_float32(case):
-    got = results(expert_ffn_grouped, case, torch.float32)
-    for a, b in zip(got, results(oracle, case, torch.float64), strict=True):
+    got = run_case(expert_ffn_grouped, case, torch.float32)
+    for a, b in zip(got, run_case(naive_expert_ffn, case, torch.float64), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
 @needs_grouped_mm
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_the_grouped_product_in_bfloat16_is_as_good_as_the_loop_in_bfloat16(case):
-    exact = results(oracle, case, torch.float64)
+    exact = run_case(naive_expert_ffn, case, torch.float64)
     errors = []
     for run in (expert_ffn, expert_ffn_grouped):
-        got = results(run, case, torch.bfloat16)
+        got = run_case(run, case, torch.bfloat16)
         errors.append(
             [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
         )
@@ -95,7 +76,7 @@ class Poison(torch.autograd.Function):
 @needs_grouped_mm
 @pytest.mark.parametrize("case", CASES[:5], ids=str)
 def test_nothing_reads_what_the_grouped_product_leaves_uninitialised(case, monkeypatch):
-    expected = results(expert_ffn_grouped, case, torch.float32)
+    expected = run_case(expert_ffn_grouped, case, torch.float32)
     real, calls = F.grouped_mm, []
 
     def poisoned(rows, weights, offs):
@@ -104,7 +85,7 @@ def test_nothing_reads_what_the_grouped_product_leaves_uninitialised(case, monke
         return Poison.apply(real(Poison.apply(rows, end), weights, offs=offs), end)
 
     monkeypatch.setattr(reference.F, "grouped_mm", poisoned)
-    got = results(expert_ffn_grouped, case, torch.float32)
+    got = run_case(expert_ffn_grouped, case, torch.float32)
     assert calls
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
@@ -116,7 +97,7 @@ def test_nothing_reads_what_the_grouped_product_leaves_uninitialised(case, monke
 def test_an_expert_without_tokens_and_a_token_without_experts_get_exactly_nothing(run):
     case = Case(40, 5, 16, 8, "dead")
     mask_NE = make_mask(case)
-    out_NC, x_grad, weight_grad, up_grad, down_grad = results(run, case, torch.float32)
+    out_NC, x_grad, weight_grad, up_grad, down_grad = run_case(run, case, torch.float32)
     alone_N = ~mask_NE.any(dim=1)
     assert alone_N.any() and not alone_N.all()
     for exact_zero in (out_NC[alone_N], x_grad[alone_N], weight_grad[~mask_NE]):
@@ -168,7 +149,7 @@ def test_strided_inputs():
 
 @needs_grouped_mm
 def test_results_repeat_bit_for_bit():
-    a, b = (results(expert_ffn_grouped, CASES[0], torch.float32) for _ in range(2))
+    a, b = (run_case(expert_ffn_grouped, CASES[0], torch.float32) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -189,14 +170,14 @@ def test_what_the_grouped_product_cannot_take_is_named():
 @pytest.mark.parametrize("rounding", [4, 64])
 def test_rounding_rows_up_changes_neither_values_nor_gradients(case, rounding, monkeypatch):
     monkeypatch.setattr(reference, "ROUNDING", 1)
-    plain = results(expert_ffn, case, torch.float64)
+    plain = run_case(expert_ffn, case, torch.float64)
     monkeypatch.setattr(reference, "ROUNDING", rounding)
 
     def poisoned(x_NC, mask_NE, weight_NE, *matrices):
         """Weights of inactive pairs are not read."""
         return expert_ffn(x_NC, mask_NE, weight_NE.masked_fill(~mask_NE, torch.inf), *matrices)
 
-    for a, b in zip(results(poisoned, case, torch.float64), plain, strict=True):
+    for a, b in zip(run_case(poisoned, case, torch.float64), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
@@ -210,3 +191,20 @@ def test_rounding_gives_used_experts_multiples_and_unused_ones_nothing(monkeypat
     assert counts[0] == counts[4] == 0 and counts[2] == 37
     assert (counts[[1, 3]] % 8 == 0).all() and (counts - mask_NE.sum(dim=0) < 8).all()
     assert torch.equal(reference.rounded(rounded_NE), rounded_NE)
+
+
+def test_norms_of_pairs_give_the_length_of_each_pairs_gradient_and_nothing_where_none_is():
+    case = Case(11, 4, 7, 5, "every_k")
+    x_NC, mask_NE, _, gate_up_EHC, down_ECF = make_inputs(case, torch.float64)
+    grad_NC = torch.randn(x_NC.shape, generator=torch.manual_seed(2), dtype=torch.float64)
+    norms = expert_pair_norms(x_NC, mask_NE, gate_up_EHC, down_ECF, grad_NC)
+    matrices = [gate_up_EHC.requires_grad_(), down_ECF.requires_grad_()]
+    for t, e in mask_NE.nonzero().tolist():
+        alone_NE = torch.zeros_like(mask_NE)
+        alone_NE[t, e] = True
+        out_NC = naive_expert_ffn(x_NC, alone_NE, alone_NE.double(), *matrices)
+        up_grad, down_grad = torch.autograd.grad(out_NC, matrices, grad_NC)
+        torch.testing.assert_close(norms.inner_NE[t, e] * x_NC[t].norm(), up_grad.norm())
+        torch.testing.assert_close(norms.hidden_NE[t, e] * norms.grad_N[t], down_grad.norm())
+    for norm_NE in (norms.inner_NE, norms.hidden_NE):
+        assert norm_NE[~mask_NE].abs().max() == 0

@@ -21,9 +21,7 @@ def interpreted():
 
 
 @pytest.mark.parametrize(("changes", "nsa"), VARIANTS, ids=str)
-def test_logits_and_gradients_are_the_references(
-    changes, nsa, nsa_model, documents, interpreted
-):
+def test_logits_and_gradients_are_the_references(changes, nsa, nsa_model, documents, interpreted):
     batch, found = pack(documents()[1:3]), {}
     for backend in ("reference", "triton"):
         model = nsa_model(changes, nsa).use_backend("auto", "cpu", "fp32", nsa=backend)

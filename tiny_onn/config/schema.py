@@ -208,8 +208,8 @@ class OpsConfig:
     backend: Literal["auto", "reference", "sdpa", "flash", "varlen"] = key(
         "auto", "attention back-end, decided once when the model is built"
     )
-    experts: Literal["auto", "loop", "grouped_mm"] = key(
-        "auto", "how experts run: one after the other, or as one grouped product"
+    experts: Literal["auto", "loop", "grouped_mm", "triton"] = key(
+        "auto", "how experts run: one after the other, as one grouped product, or by our kernels"
     )
     nsa: Literal["auto", "reference", "triton"] = key(
         "auto", "how NSA's branches run: in PyTorch, or by Triton kernels (auto: on CUDA)"

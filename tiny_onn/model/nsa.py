@@ -59,9 +59,9 @@ class NativeSparseAttention(nn.Module):
     """``project`` before and ``out`` after ``attend``, as :class:`FullAttention`.
 
     Gates start at one half. ``backend`` is a name that :func:`tiny_onn.ops.resolve_nsa` gave;
-    "reference" runs anywhere. ``watch``, where set, is called by every packed forward with the gates
-    (N, H, 3) of the compressed, selected and window branch, and the chosen blocks (N, K, n) or
-    None where no document needed a choice; both detached.
+    "reference" runs anywhere. ``watch``, where set, is called by every packed forward with the
+    gates (N, H, 3) of the compressed, selected and window branch, and the chosen blocks (N, K, n)
+    or None where no document needed a choice; both detached.
     """
 
     def __init__(

@@ -70,13 +70,9 @@ def test_the_selected_branch(sizes, select_block, places, kernel, device, assert
     time_B = torch.tensor([69, 0, 41])[: sizes[0]]
     index_BKn = torch.tensor([0, 2, -1, 1, -1]).expand(sizes[0], sizes[2], 5).clone()
     index_BKn = index_BKn.masked_fill(index_BKn * select_block > time_B[:, None, None], -1)
-    got = kernel.decode_selected(
-        *tensors, index_BKn.to(device), time_B.to(device), select_block
-    )
+    got = kernel.decode_selected(*tensors, index_BKn.to(device), time_B.to(device), select_block)
     exact = (t.double().cpu() for t in tensors)
-    assert_close(
-        got, reference.decode_selected(*exact, index_BKn, time_B, select_block), 1e-5
-    )
+    assert_close(got, reference.decode_selected(*exact, index_BKn, time_B, select_block), 1e-5)
 
 
 @pytest.mark.parametrize("sizes", BATCHES, ids=str)
@@ -125,9 +121,7 @@ def test_a_step_equals_the_last_row_of_a_parallel_forward(length, kernel, device
     got, got_share = kernel.decode_compressed(last, cache(kc), cache(vc), count_B)
     torch.testing.assert_close(got, compressed[-1:])
     torch.testing.assert_close(got_share, share[-1:])
-    got = kernel.decode_selected(
-        last, cache(ks), cache(vs), index[-1:], time_B, case.select_block
-    )
+    got = kernel.decode_selected(last, cache(ks), cache(vs), index[-1:], time_B, case.select_block)
     torch.testing.assert_close(got, selected[-1:])
     got = kernel.decode_window(last, cache(kw), cache(vw), time_B, case.window)
     torch.testing.assert_close(got, window[-1:])
