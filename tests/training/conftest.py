@@ -15,6 +15,7 @@ from tiny_onn.config.schema import (
     BudgetConfig,
     Config,
     DataConfig,
+    EaviConfig,
     ModelConfig,
     MoeConfig,
     OptimConfig,
@@ -155,3 +156,34 @@ def start(tmp_path):
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="module")
+def pretrained_runs(tmp_path_factory):
+    """Runs that stage eavi begins with, by their settings: trained once."""
+    return tmp_path_factory.mktemp("pretrained"), {}
+
+
+@pytest.fixture
+def pretrained(tiny, tmp_path, pretrained_runs):
+    """A run of a few steps, by settings; -> (its configuration, one of stage eavi from it)."""
+    from tiny_onn.training.run import run_training
+
+    folder, runs = pretrained_runs
+
+    def make(steps=6, eavi=None, budget=None, **settings):
+        name = f"{steps} {settings}"
+        if name not in runs:
+            first = tiny(budget={"steps": steps}, **settings)
+            runs[name] = replace(first, out=str(folder / str(len(runs))))
+            assert run_training(runs[name]) == 0
+        second = replace(
+            tiny(budget=budget or {"steps": 6}, **settings),
+            stage="eavi",
+            init_from=runs[name].out,
+            eavi=EaviConfig(**({"share_start": 1.0, "share_end": 1.0} | (eavi or {}))),
+            out=str(tmp_path / "eavi"),
+        )
+        return runs[name], second
+
+    return make
