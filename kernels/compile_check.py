@@ -3,10 +3,10 @@
     python -m tiny_onn_kernels.compile_check [--arch 80 90] [--only TEXT]
 
 Workloads run on small tensors or on such without data (device "meta"), and instead of launching,
-every launch is written down: the kernel, the types of its arguments, its constants and options. These are what is
-compiled, so nothing has to be listed twice. Fails where a kernel spills more registers than
-MOST_SPILLED_BYTES, wants more shared memory than the architecture has, or has its matrix
-instructions serialised. It proves neither values nor speed.
+every launch is written down: the kernel, the types of its arguments, its constants and options.
+These are what is compiled, so nothing has to be listed twice. Fails where a kernel spills more
+registers than MOST_SPILLED_BYTES, wants more shared memory than the architecture has, or has its
+matrix instructions serialised. It proves neither values nor speed.
 """
 
 import argparse

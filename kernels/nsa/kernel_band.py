@@ -165,7 +165,7 @@ def _backward_keys(
     store_rows(GRAD_V, out_C * E, inside_C, grad_v_CE, E, BLOCK_E)
 
 
-def _shape(q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor) -> dict:
+def _shape(q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor, adjoint: bool) -> dict:
     """What all three kernels are told of widths, groups, tiles and numbers."""
     width, value_width = q_NHD.shape[2], v_XKE.shape[2]
     return {
@@ -175,7 +175,7 @@ def _shape(q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor) -> dict:
         "SCALE2": width**-0.5 / math.log(2),
         "BLOCK_D": padded(width),
         "BLOCK_E": padded(value_width),
-        **tile_sizes(width, value_width, q_NHD.dtype),
+        **tile_sizes(width, value_width, q_NHD.dtype, adjoint),
         **number_types(q_NHD.dtype),
     }
 
@@ -190,7 +190,7 @@ def band(
     (num_tokens, num_heads), kv_heads = q_NHD.shape[:2], k_XKD.shape[1]
     out_NHE = q_NHD.new_empty(num_tokens, num_heads, v_XKE.shape[2])
     lse_NH = q_NHD.new_empty(num_tokens, num_heads, dtype=sum_dtype(q_NHD.dtype))
-    options = _shape(q_NHD, k_XKD, v_XKE)
+    options = _shape(q_NHD, k_XKD, v_XKE, adjoint=False)
     num_rows = num_tokens * options["G"]
     _forward[(triton.cdiv(num_rows, options["BLOCK_R"]), kv_heads)](
         *(q_NHD, k_XKD, v_XKE, first_N, stop_N, out_NHE, lse_NH),
@@ -223,7 +223,7 @@ def band_backward(
     """Gradients of queries, keys and values. The same bits every time: no sum depends on order."""
     grad_NHE, q_NHD, k_XKD, v_XKE = (unit_stride(t) for t in (grad_NHE, q_NHD, k_XKD, v_XKE))
     (num_tokens, num_heads), (num_keys, kv_heads) = q_NHD.shape[:2], k_XKD.shape[:2]
-    options = _shape(q_NHD, k_XKD, v_XKE)
+    options = _shape(q_NHD, k_XKD, v_XKE, adjoint=True)
     options["SCALE"] = q_NHD.shape[2] ** -0.5
     strides = [s for t in (q_NHD, k_XKD, v_XKE, grad_NHE) for s in t.stride()[:2]]
     delta_NH = torch.empty_like(lse_NH)
