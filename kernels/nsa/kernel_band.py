@@ -24,6 +24,7 @@ from torch import Tensor
 from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
 from tiny_onn_kernels.nsa.kernel_launch import padded, tile_sizes, unit_stride
 from tiny_onn_kernels.nsa.kernel_softmax import (
+    add_product,
     load_rows,
     settle,
     store_rows,
@@ -110,7 +111,7 @@ def _backward_queries(
         _, grad_s_RC = weights_and_adjoint(
             q_RD, k_CD, grad_RE, v_CE, seen_RC, lse_R[:, None], delta_R[:, None], SCALE2, PRECISION
         )
-        grad_q_RD = tl.dot(grad_s_RC.to(DOT), k_CD, grad_q_RD, input_precision=PRECISION)
+        grad_q_RD = add_product(grad_s_RC.to(DOT), k_CD, grad_q_RD, PRECISION)
     store_rows(GRAD_Q, query_R * D, real_R, grad_q_RD * SCALE, D, BLOCK_D)
 
 
@@ -158,8 +159,8 @@ def _backward_keys(
         weight_CR, grad_s_CR = weights_and_adjoint(
             k_CD, q_RD, v_CE, grad_RE, seen_CR, lse_R[None, :], delta_R[None, :], SCALE2, PRECISION
         )
-        grad_v_CE = tl.dot(weight_CR.to(DOT), grad_RE, grad_v_CE, input_precision=PRECISION)
-        grad_k_CD = tl.dot(grad_s_CR.to(DOT), q_RD, grad_k_CD, input_precision=PRECISION)
+        grad_v_CE = add_product(weight_CR.to(DOT), grad_RE, grad_v_CE, PRECISION)
+        grad_k_CD = add_product(grad_s_CR.to(DOT), q_RD, grad_k_CD, PRECISION)
     out_C = (split.to(tl.int64) * num_keys + place_C) * num_groups + group
     store_rows(GRAD_K, out_C * D, inside_C, grad_k_CD * SCALE, D, BLOCK_D)
     store_rows(GRAD_V, out_C * E, inside_C, grad_v_CE, E, BLOCK_E)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from tiny_onn_kernels.nsa.kernel_softmax import (
+    add_product,
     load_rows,
     settle,
     store_rows,
@@ -171,8 +172,8 @@ def pairs_backward(
         weight_CR, grad_s_CR = weights_and_adjoint(
             k_CD, q_RD, v_CE, grad_RE, seen_CR, lse_R[None, :], delta_R[None, :], SCALE2, PRECISION
         )
-        grad_v_CE = tl.dot(weight_CR.to(DOT), grad_RE, grad_v_CE, input_precision=PRECISION)
-        grad_k_CD = tl.dot(grad_s_CR.to(DOT), q_RD, grad_k_CD, input_precision=PRECISION)
+        grad_v_CE = add_product(weight_CR.to(DOT), grad_RE, grad_v_CE, PRECISION)
+        grad_k_CD = add_product(grad_s_CR.to(DOT), q_RD, grad_k_CD, PRECISION)
         if WITH_QUERIES:
             grad_q_RD = tl.dot(tl.trans(grad_s_CR.to(DOT)), k_CD, input_precision=PRECISION)
             slot_R = (pair_R - slice_pair) * G + row_R % G
