@@ -38,6 +38,7 @@ from tiny_onn.model.packed_attention import (
 )
 from tiny_onn.model.rope import Rope3D
 from tiny_onn.model.token_context import PackedTokens, TokenHistory
+from tiny_onn.model.window_varlen import plan_window_varlen
 from tiny_onn.ops import resolve_attention, resolve_experts, resolve_nsa
 
 
@@ -154,7 +155,8 @@ class TinyONN(nn.Module):
             attend = self._plan_documents(spans)
             attend = beside_filler(attend, num_tokens, filler) if filler else attend
         if sparse:
-            return plan_nsa(spans, self.nsa, self._plan_documents, filler, attend)
+            window = self._plan_window if self.attention_backend == "flash" else None
+            return plan_nsa(spans, self.nsa, self._plan_documents, filler, attend, window)
         return attend
 
     def _spans(self, layout: Any) -> DocumentSpans:
@@ -170,6 +172,9 @@ class TinyONN(nn.Module):
             return plan_sdpa(spans)
         varlen = flash_varlen() if self.attention_backend == "flash" else torch_varlen()
         return plan_varlen(spans, varlen)
+
+    def _plan_window(self, spans: DocumentSpans) -> Attend:
+        return plan_window_varlen(spans, self.nsa.window, flash_varlen())
 
     def hidden(
         self,
