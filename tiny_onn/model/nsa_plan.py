@@ -80,6 +80,12 @@ class NsaPlan:
     window_known: bool
     full: Attend | None = None
 
+    def compute_for_kernels(self) -> None:
+        """See :meth:`nsa.NsaLayout.compute_for_kernels`."""
+        layouts = {id(x): x for x in (self.layout, self.selected.layout, self.window.layout) if x}
+        for layout in layouts.values():
+            layout.compute_for_kernels()
+
 
 def window_is_known(lengths: tuple[int, ...], settings: NsaConfig) -> bool:
     """Whether each document that its window covers has been read in full by the selected branch."""

@@ -144,8 +144,12 @@ class TinyONN(nn.Module):
                 layer.backend = chosen
         return self
 
+    @torch.compiler.disable
     def plan_attention(self, batch: Any) -> Attend | NsaPlan:
-        """How this batch's documents attend, by the chosen back-end (filler rows do not)."""
+        """How this batch's documents attend, by the chosen back-end (filler rows do not).
+
+        Work of the host, on documents' lengths, once a batch: nothing to compile.
+        """
         spans = self._spans(batch.layout)
         num_tokens = sum(spans.lengths)
         filler = len(batch.tokens_N) - num_tokens
@@ -156,7 +160,10 @@ class TinyONN(nn.Module):
             attend = beside_filler(attend, num_tokens, filler) if filler else attend
         if sparse:
             window = self._plan_window if self.attention_backend == "flash" else None
-            return plan_nsa(spans, self.nsa, self._plan_documents, filler, attend, window)
+            plan = plan_nsa(spans, self.nsa, self._plan_documents, filler, attend, window)
+            if any(layer.backend == "triton" for layer in self.sparse_attention_layers):
+                plan.compute_for_kernels()
+            return plan
         return attend
 
     def _spans(self, layout: Any) -> DocumentSpans:
