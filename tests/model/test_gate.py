@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_onn.losses.sdl import sparsity
-from tiny_onn.model.gate import CosineGate, _MeanWeights, unit
+from tiny_onn.model.gate import CosineGate, _MeanWeights, exact_product, unit
 
 WIDTH, EXPERTS = 24, 5
 
@@ -246,3 +246,9 @@ def test_no_tokens_at_all():
     for mode in ("skip", "top1"):
         decision = make_gate(none_active=mode)(tokens(0))
         assert decision.runs_NE.shape == decision.weight_NE.shape == (0, EXPERTS)
+
+
+def test_the_exact_product_is_an_operation_with_gradients():
+    a_NC, b_EC = tokens(7).requires_grad_(), tokens(3).requires_grad_()
+    torch.library.opcheck(exact_product, (a_NC, b_EC))
+    assert torch.autograd.gradcheck(exact_product, (a_NC, b_EC))
