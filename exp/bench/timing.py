@@ -24,6 +24,7 @@ from typing import Any
 
 STARTED = time.monotonic()
 
+import source_tree  # noqa: E402, F401
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -151,8 +152,8 @@ def write_result(name: str, args: argparse.Namespace, device: torch.device, **fo
     result = {
         "benchmark": name,
         "quick": args.quick,
-        "commit": _commit(),
-        "device": _device_name(device),
+        "commit": commit(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
@@ -167,12 +168,14 @@ def write_result(name: str, args: argparse.Namespace, device: torch.device, **fo
     print(f"written: {path.relative_to(ROOT)} ({result['seconds_total']} s)")
 
 
-def _commit() -> str | None:
+def commit(*folders: str) -> str | None:
+    """HEAD, "-dirty" if something tracked in ``folders`` is changed; None without a history."""
+    folders = folders or ("tiny_onn", "configs", "exp/bench")
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", "tiny_onn", "configs", "exp/bench"],
+            [*git, "status", "--porcelain", "-uno", "--", *folders],
             capture_output=True,
             text=True,
         )
@@ -183,7 +186,7 @@ def _commit() -> str | None:
     return head.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = (
