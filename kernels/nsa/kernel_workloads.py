@@ -38,6 +38,7 @@ WORKLOADS = (
     Workload("base, sparse_long", 12, 12, 64, torch.bfloat16, LONG),
     Workload("ARC 16/2", 16, 2, 64, torch.bfloat16, SHORT),
     Workload("paper 64/4", 64, 4, 128, torch.bfloat16, LONG),
+    Workload("one group 64/1", 64, 1, 128, torch.bfloat16, LONG),
     Workload("widest head, float16", 8, 1, 256, torch.float16, LONG),
 )
 
