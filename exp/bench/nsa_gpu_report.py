@@ -10,6 +10,11 @@ from timing import print_table
 
 RIVALS = {"flash": "FA2 class", "cudnn": "FA3 class"}
 BOTH = "forward+backward"
+RATIOS = {
+    "forward": "forward, {} over nsa",
+    "both": BOTH + ", {} over nsa",
+    "both, our graph": BOTH + ", {} over nsa graph",
+}
 MISSING = "-"
 
 Record = Mapping[str, Any]
@@ -83,11 +88,11 @@ def report(records: Mapping[str, Record]) -> None:
         _table(f"NSA complete, {setting}: ms (dense: both)", head, rows)
         rows = [
             [f"{r['shapes']['tokens']:,}"]
-            + [ratio_text(r, f"{word}, {n} over nsa") for n in RIVALS for word in ("forward", BOTH)]
+            + [ratio_text(r, text.format(n)) for n in RIVALS for text in RATIOS.values()]
             + [_mib(r, f"{name} {BOTH}") for name in ("nsa", *RIVALS)]
             for _, r in _of(records, f"complete {setting}")
         ]
-        head = ["tokens"] + [f"{n}, {word}" for n in RIVALS for word in ("forward", "both")]
+        head = ["tokens"] + [f"{n}, {word}" for n in RIVALS for word in RATIOS]
         head += [f"{name} MiB" for name in ("nsa", *RIVALS)]
         _table(f"NSA complete, {setting}: dense over NSA, and peaks of both", head, rows)
         for line in break_even(records, setting):
@@ -121,6 +126,14 @@ def report(records: Mapping[str, Record]) -> None:
         _table(f"{rival} over ours, without window", head, rows)
     for name, record in _of(records, "compiled"):
         print(f"{name}: eager over compiled {ratio_text(record, 'eager over compiled')}")
+    aims = [
+        ratio["median"] >= ratio["target"]
+        for record in records.values()
+        for ratio in record.get("ratios", {}).values()
+        if "target" in ratio
+    ]
+    if aims:
+        print(f"targets: {sum(aims)} of {len(aims)} measured ones reached")
 
 
 def _kernel_rows(record: Record) -> tuple[list[str], list[list[str]]]:

@@ -169,9 +169,8 @@ def fla(docs: Documents, folder: Path | None) -> Ready:
     """FLA's parallel_nsa without a window; ``docs`` has l = d = l'."""
     attend = _third_party(folder, "fla-org/flash-linear-attention", "fla.ops.nsa").parallel_nsa
     q_NHD, k_NKD, v_NKD, logits_NH3 = docs.leaves[:4]
-    cu_B1 = torch.tensor([0, *docs.lengths], device=q_NHD.device).cumsum(0)
 
-    def forward() -> Tensor:
+    def forward() -> Tensor:  # one document, so no offsets
         gates = logits_NH3.sigmoid()[None].unbind(dim=-1)
         return attend(
             *(q_NHD[None], k_NKD[None], v_NKD[None]),
@@ -179,7 +178,6 @@ def fla(docs: Documents, folder: Path | None) -> Ready:
             g_slc=gates[1],
             block_counts=docs.setting.count,
             block_size=docs.setting.select_block,
-            cu_seqlens=cu_B1,
         )[0]
 
     return forward, docs.leaves[:4], docs.grad_NHD
