@@ -42,7 +42,8 @@ class Results:
         self.cases: dict[str, Any] = {}
         if not fresh and self.path.exists():
             old = json.loads(self.path.read_text())
-            if all(old.get(key) == self.head[key] for key in ("sources", "device", "torch")):
+            same = ("sources", "device", "torch", "triton")
+            if all(old.get(key) == self.head[key] for key in same):
                 self.cases = old["cases"]
 
     def finished(self, name: str) -> bool:

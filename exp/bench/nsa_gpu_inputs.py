@@ -203,7 +203,7 @@ def check_documents(docs: Documents) -> dict[str, float]:
     with torch.no_grad():
         first, second = (docs.attend() for _ in range(2))
         same_bits("output and chosen blocks", first, second)
-        length, bound = docs.lengths[0], BOUND[docs.setting.dtype]
+        length, bound = docs.lengths[0], 2 * BOUND[docs.setting.dtype]  # both are rounded
         covered = length <= docs.setting.count * docs.setting.select_block
         if covered or length <= WIDE_WINDOW_TOKENS:
             full_NHD = full_attention(docs)

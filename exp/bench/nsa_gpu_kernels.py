@@ -194,7 +194,7 @@ def group_case(setting: Setting, groups: int, length: int) -> Case:
                     out_NHD = selected(small, index_NKn)()
                     grads = torch.autograd.grad(out_NHD, small.leaves[:3], small.grad_NHD)
                 both.append([out_NHD, *grads])
-            bound = BOUND[setting.dtype]
+            bound = 2 * BOUND[setting.dtype]  # both are rounded
             names = ("out", "q", "k", "v")
             return {
                 name: agree(f"{name}, keys first and queries first", a, b, bound)
