@@ -1,15 +1,16 @@
 """Compiles the kernels for GPUs that need not be here; prints what each takes of one.
 
-    python -m tiny_onn_kernels.compile_check [--arch 80 90] [--only TEXT]
+    python -m tiny_onn_kernels.compile_check [--arch 80 90] [--only TEXT] [--jobs N]
 
 Workloads run on small tensors or on such without data (device "meta"), and instead of launching,
-every launch is written down: the kernel, the types of its arguments, its constants and options. These are what is
-compiled, so nothing has to be listed twice. Fails where a kernel spills more registers than
-MOST_SPILLED_BYTES, wants more shared memory than the architecture has, or has its matrix
-instructions serialised. It proves neither values nor speed.
+every launch is written down: the kernel, the types of its arguments, its constants and options.
+These are what is compiled, so nothing has to be listed twice. Fails where a kernel spills more
+registers than MOST_SPILLED_BYTES, wants more shared memory than the architecture has, or has its
+matrix instructions serialised. It proves neither values nor speed.
 """
 
 import argparse
+import multiprocessing
 import os
 import re
 import subprocess
@@ -69,6 +70,7 @@ class Resources(NamedTuple):
     spilled_bytes: int
     shared_bytes: int
     is_serialised: bool
+    matrix_unit: str
     seconds: float
 
 
@@ -141,6 +143,7 @@ def compile_for(launch: Launch, arch: int) -> Resources:
         spilled_bytes=int(spilled[1]) + int(spilled[2]),
         shared_bytes=compiled.metadata.shared,
         is_serialised="C7511" in told,
+        matrix_unit="wgmma" if "wgmma" in ptx else "mma" if "mma.sync" in ptx else "-",
         seconds=time.monotonic() - started,
     )
 
@@ -157,34 +160,51 @@ def faults(found: Resources, arch: int) -> list[str]:
     return texts
 
 
+_jobs: list[tuple[int, Launch]] = []
+"""What is compiled; processes forked from this one find it here (kernels cannot be pickled)."""
+
+
+def _compile_job(number: int) -> Resources:
+    arch, launch = _jobs[number]
+    return compile_for(launch, arch)
+
+
+def gather(only: str) -> dict[Launch, str]:
+    """Every launch of the workloads whose name holds ``only``, with the first that makes it."""
+    first: dict[Launch, str] = {}
+    for source in SOURCES:
+        for name, run in source():
+            if only in name:
+                for launch in record(run):
+                    first.setdefault(launch, name)
+    return first
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=SHARED_BYTES)
     parser.add_argument("--only", default="", help="workloads whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
-    first: dict[Launch, str] = {}
-    for source in SOURCES:
-        for name, run in source():
-            if args.only in name:
-                for launch in record(run):
-                    first.setdefault(launch, name)
-    jobs = [(arch, launch) for arch in args.arch for launch in first]
+    first = gather(args.only)
+    _jobs[:] = [(arch, launch) for arch in args.arch for launch in first]
     faulty = 0
-    titles = f"{'warps':>6}{'regs':>6}{'spill':>7}{'shared':>8}{'s':>7}"
-    print(f"{'arch':6}{'kernel':22}{'workload':26}{titles}")
-    for arch, launch in jobs:
-        found = compile_for(launch, arch)
-        texts = faults(found, arch)
-        faulty += bool(texts)
-        print(
-            f"sm_{arch:<3}{launch.kernel.__name__:22}{first[launch]:26}"
-            f"{dict(launch.options).get('num_warps', 4):6}{found.registers:6}"
-            f"{found.spilled_bytes:7}{found.shared_bytes:8}{found.seconds:7.1f}"
-            f"  {'; '.join(texts)}",
-            flush=True,
-        )
-    print(f"{len(jobs)} compiled, {faulty} faulty")
-    return 1 if faulty or not jobs else 0
+    titles = f"{'warps':>6}{'regs':>6}{'spill':>7}{'shared':>8}{'unit':>7}{'s':>7}"
+    print(f"{'arch':6}{'kernel':28}{'workload':26}{titles}")
+    with multiprocessing.get_context("fork").Pool(max(1, args.jobs)) as pool:
+        results = pool.imap(_compile_job, range(len(_jobs)))
+        for (arch, launch), found in zip(_jobs, results, strict=True):
+            texts = faults(found, arch)
+            faulty += bool(texts)
+            print(
+                f"sm_{arch:<3}{launch.kernel.__name__:28}{first[launch]:26}"
+                f"{dict(launch.options).get('num_warps', 4):6}{found.registers:6}"
+                f"{found.spilled_bytes:7}{found.shared_bytes:8}{found.matrix_unit:>7}"
+                f"{found.seconds:7.1f}  {'; '.join(texts)}",
+                flush=True,
+            )
+    print(f"{len(_jobs)} compiled, {faulty} faulty")
+    return 1 if faulty or not _jobs else 0
 
 
 if __name__ == "__main__":

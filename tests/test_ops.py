@@ -61,7 +61,7 @@ def test_auto_takes_torchs_operations_where_ours_cannot_run(machine, op, otherwi
         (False, (9, 0), "cuda", torch.float32, "the package triton.*pip install"),
         (True, None, "cpu", torch.float32, "a CUDA device, got cpu.*TRITON_INTERPRET=1"),
         (True, None, "cuda", torch.float32, "a CUDA device, got none"),
-        (True, (7, 5), "cuda", torch.float32, "8.0 .*got 7.5"),
+        (True, (7, 5), "cuda", torch.float32, "compute capability 8.0 .*got 7.5"),
         (True, (9, 0), "cuda", torch.float64, "float32 or less, got torch.float64"),
     ],
 )

@@ -97,10 +97,10 @@ def triton_needs(device: torch.device, dtype: torch.dtype) -> str | None:
     """
     if importlib.util.find_spec("triton") is None:
         return "the package triton, which is not installed; pip install 'triton>=3.6'"
-    if dtype.itemsize > 4:
-        return f"float32 or less, got {dtype}; set precision to bf16 or fp32"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
+    if dtype.itemsize > 4:
+        return f"float32 or less, got {dtype}; set precision to bf16 or fp32"
     if device.type != "cuda" or not torch.cuda.is_available():
         found = device.type if device.type != "cuda" else "none"
         return f"a CUDA device, got {found}; set TRITON_INTERPRET=1 (slow, for tests)"

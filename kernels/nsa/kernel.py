@@ -17,7 +17,8 @@ from tiny_onn_kernels.nsa.kernel_band import band
 from tiny_onn_kernels.nsa.kernel_decode import decode_compressed, decode_selected, decode_window
 from tiny_onn_kernels.nsa.kernel_launch import same_dtype
 from tiny_onn_kernels.nsa.kernel_select import choose, choose_from_share, share
-from tiny_onn_kernels.nsa.kernel_selected import goes_keys_first, selected
+from tiny_onn_kernels.nsa.kernel_selected import selected
+from tiny_onn_kernels.nsa.kernel_selected_plan import goes_keys_first
 from tiny_onn_kernels.nsa.layout import TILE
 from tiny_onn_kernels.nsa.reference import (
     NUM_FORCED,

@@ -24,6 +24,7 @@ from torch import Tensor
 from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
 from tiny_onn_kernels.nsa.kernel_launch import padded, tile_sizes, unit_stride
 from tiny_onn_kernels.nsa.kernel_softmax import (
+    add_product,
     load_rows,
     settle,
     store_rows,
@@ -110,7 +111,7 @@ def _backward_queries(
         _, grad_s_RC = weights_and_adjoint(
             q_RD, k_CD, grad_RE, v_CE, seen_RC, lse_R[:, None], delta_R[:, None], SCALE2, PRECISION
         )
-        grad_q_RD = tl.dot(grad_s_RC.to(DOT), k_CD, grad_q_RD, input_precision=PRECISION)
+        grad_q_RD = add_product(grad_s_RC.to(DOT), k_CD, grad_q_RD, PRECISION)
     store_rows(GRAD_Q, query_R * D, real_R, grad_q_RD * SCALE, D, BLOCK_D)
 
 
@@ -158,14 +159,14 @@ def _backward_keys(
         weight_CR, grad_s_CR = weights_and_adjoint(
             k_CD, q_RD, v_CE, grad_RE, seen_CR, lse_R[None, :], delta_R[None, :], SCALE2, PRECISION
         )
-        grad_v_CE = tl.dot(weight_CR.to(DOT), grad_RE, grad_v_CE, input_precision=PRECISION)
-        grad_k_CD = tl.dot(grad_s_CR.to(DOT), q_RD, grad_k_CD, input_precision=PRECISION)
+        grad_v_CE = add_product(weight_CR.to(DOT), grad_RE, grad_v_CE, PRECISION)
+        grad_k_CD = add_product(grad_s_CR.to(DOT), q_RD, grad_k_CD, PRECISION)
     out_C = (split.to(tl.int64) * num_keys + place_C) * num_groups + group
     store_rows(GRAD_K, out_C * D, inside_C, grad_k_CD * SCALE, D, BLOCK_D)
     store_rows(GRAD_V, out_C * E, inside_C, grad_v_CE, E, BLOCK_E)
 
 
-def _shape(q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor) -> dict:
+def _shape(q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor, adjoint: bool) -> dict:
     """What all three kernels are told of widths, groups, tiles and numbers."""
     width, value_width = q_NHD.shape[2], v_XKE.shape[2]
     return {
@@ -175,7 +176,7 @@ def _shape(q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor) -> dict:
         "SCALE2": width**-0.5 / math.log(2),
         "BLOCK_D": padded(width),
         "BLOCK_E": padded(value_width),
-        **tile_sizes(width, value_width, q_NHD.dtype),
+        **tile_sizes(width, value_width, q_NHD.dtype, adjoint),
         **number_types(q_NHD.dtype),
     }
 
@@ -190,7 +191,7 @@ def band(
     (num_tokens, num_heads), kv_heads = q_NHD.shape[:2], k_XKD.shape[1]
     out_NHE = q_NHD.new_empty(num_tokens, num_heads, v_XKE.shape[2])
     lse_NH = q_NHD.new_empty(num_tokens, num_heads, dtype=sum_dtype(q_NHD.dtype))
-    options = _shape(q_NHD, k_XKD, v_XKE)
+    options = _shape(q_NHD, k_XKD, v_XKE, adjoint=False)
     num_rows = num_tokens * options["G"]
     _forward[(triton.cdiv(num_rows, options["BLOCK_R"]), kv_heads)](
         *(q_NHD, k_XKD, v_XKE, first_N, stop_N, out_NHE, lse_NH),
@@ -223,7 +224,7 @@ def band_backward(
     """Gradients of queries, keys and values. The same bits every time: no sum depends on order."""
     grad_NHE, q_NHD, k_XKD, v_XKE = (unit_stride(t) for t in (grad_NHE, q_NHD, k_XKD, v_XKE))
     (num_tokens, num_heads), (num_keys, kv_heads) = q_NHD.shape[:2], k_XKD.shape[:2]
-    options = _shape(q_NHD, k_XKD, v_XKE)
+    options = _shape(q_NHD, k_XKD, v_XKE, adjoint=True)
     options["SCALE"] = q_NHD.shape[2] ** -0.5
     strides = [s for t in (q_NHD, k_XKD, v_XKE, grad_NHE) for s in t.stride()[:2]]
     delta_NH = torch.empty_like(lse_NH)

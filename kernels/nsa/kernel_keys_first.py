@@ -4,13 +4,17 @@ The inverse index names them: pairs sorted by block, stably, so that every sum h
 atomics are needed. A block that many chose (a document's first is chosen by all its tokens) is cut
 into parts of ``part`` pairs, whose gradients are added up afterwards, in order.
 
-The gradients of keys and values go this way always. For small groups the output does too, and the
-gradient of queries: rows of many pairs fill a product where one token's heads do not. What a pair
-gives is written beside its log-sum-exp, and merged at its token.
+The gradients of keys and values go this way always. Mostly the output does too, and the gradient of
+queries: rows of many pairs fill a product where one token's heads do not, and a block is read once
+for all of them. What a pair gives is written beside its log-sum-exp, and merged at its token; for
+that not to need room for all pairs at once, a long batch goes slice by slice of its tokens. The
+pairs of a block stand in the order of their tokens, so those of a slice are a run: BOUND[0] to
+BOUND[1].
 
 Shapes: N tokens, H query heads in K groups of G, D head width, E value width, n chosen blocks, P =
-N * K * n pairs, J selectable blocks of all documents, Z = K * J blocks of all groups, L = l' tokens
-of one; R query rows (pairs times heads of the group), C keys.
+N * K * n pairs (of a slice, where parts are stored), J selectable blocks of all documents, Z =
+K * J blocks of all groups, L = l' tokens of one; R query rows (pairs times heads of the group), C
+keys.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import triton
 import triton.language as tl
 
 from tiny_onn_kernels.nsa.kernel_softmax import (
+    add_product,
     load_rows,
     settle,
     store_rows,
@@ -49,20 +54,21 @@ def _pair_rows(PAIR, row_R, stop_row, group, pairs_per_token, G: tl.constexpr):
     return pair_R, pair_R // pairs_per_token, group * G + row_R % G, real_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slice_pair"])
 def pairs_forward(
-    Q, K, V, PAIR, OFFSET, BLOCK_ROW, TIME, END, PART_OUT, PART_LSE,
+    Q, K, V, PAIR, BOUND, BLOCK_ROW, TIME, END, PART_OUT, PART_LSE,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
-    num_tokens, num_blocks, pairs_per_token, part,
+    num_tokens, num_runs, num_blocks, pairs_per_token, part, slice_pair,
     PARTS: tl.constexpr, SELECT_BLOCK: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALE2: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Each pair's output (P, G, E) and log-sum-exp (P, G), over the keys of its block alone."""
+    """Each pair's output (P, G, E) and log-sum-exp (P, G), over the keys of its block alone.
+    slice_pair: the slice's first pair."""
     z = tl.program_id(0) // PARTS
-    first_pair = tl.load(OFFSET + z) + (tl.program_id(0) % PARTS) * part
-    stop_pair = tl.minimum(first_pair + part, tl.load(OFFSET + z + 1))
+    first_pair = tl.load(BOUND + z) + (tl.program_id(0) % PARTS) * part
+    stop_pair = tl.minimum(first_pair + part, tl.load(BOUND + num_runs + z))
     if first_pair >= stop_pair:
         return
     group = (z // num_blocks).to(tl.int64)
@@ -85,7 +91,7 @@ def pairs_forward(
             tl.zeros([BLOCK_R, BLOCK_E], SUM), SCALE2, PRECISION,
         )  # fmt: skip
         out_RE, lse_R = settle(peak_R, total_R, sum_RE)
-        slot_R = pair_R * G + row_R % G
+        slot_R = (pair_R - slice_pair) * G + row_R % G
         store_rows(PART_OUT, slot_R * E, real_R, out_RE, E, BLOCK_E)
         tl.store(PART_LSE + slot_R, lse_R, mask=real_R)
 
@@ -96,7 +102,7 @@ def merge_pairs(
     COUNT: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """What a token's pairs gave, weighted by their log-sum-exps: (N, H, E) and (N, H)."""
+    """What a token's pairs gave, by their log-sum-exps: (N, H, E) and (N, H) of a slice."""
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     real_R = row_R < num_rows
     peak_R = tl.full([BLOCK_R], float("-inf"), SUM)
@@ -121,25 +127,26 @@ def merge_pairs(
     tl.store(LSE + row_R, lse_R, mask=real_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slice_pair"])
 def pairs_backward(
-    Q, K, V, PAIR, OFFSET, SLOT, BLOCK_ROW, TIME, END, LSE, GRAD, DELTA,
+    Q, K, V, PAIR, BOUND, SLOT, BLOCK_ROW, TIME, END, LSE, GRAD, DELTA,
     GRAD_K, GRAD_V, SLOT_K, SLOT_V, PART_Q,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh,
-    num_tokens, num_heads, num_blocks, pairs_per_token, part,
-    PARTS: tl.constexpr, SELECT_BLOCK: tl.constexpr, WITH_QUERIES: tl.constexpr,
+    num_tokens, num_heads, num_runs, num_blocks, pairs_per_token, part, slice_pair,
+    PARTS: tl.constexpr, SELECT_BLOCK: tl.constexpr, WITH_QUERIES: tl.constexpr, ADD: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block's keys and values from one part of its pairs: written where they belong
-    if it is the only part, else to the part's slot (L, D) and (L, E). WITH_QUERIES: also what each
-    pair gives the gradient of its query, (P, G, D)."""
+    (ADD: added to what earlier slices left there) if it is the only part, else to the part's slot
+    (L, D) and (L, E). WITH_QUERIES: also what each pair gives the gradient of its query, (P, G, D).
+    """
     z = tl.program_id(0) // PARTS
     part_number = tl.program_id(0) % PARTS
-    begin, end = tl.load(OFFSET + z), tl.load(OFFSET + z + 1)
+    begin, end = tl.load(BOUND + z), tl.load(BOUND + num_runs + z)
     first_pair = begin + part_number * part
-    if (part_number > 0) & (first_pair >= end):
+    if ((part_number > 0) | ADD) & (first_pair >= end):
         return
     stop_pair = tl.minimum(first_pair + part, end)
     group = (z // num_blocks).to(tl.int64)
@@ -165,15 +172,19 @@ def pairs_backward(
         weight_CR, grad_s_CR = weights_and_adjoint(
             k_CD, q_RD, v_CE, grad_RE, seen_CR, lse_R[None, :], delta_R[None, :], SCALE2, PRECISION
         )
-        grad_v_CE = tl.dot(weight_CR.to(DOT), grad_RE, grad_v_CE, input_precision=PRECISION)
-        grad_k_CD = tl.dot(grad_s_CR.to(DOT), q_RD, grad_k_CD, input_precision=PRECISION)
+        grad_v_CE = add_product(weight_CR.to(DOT), grad_RE, grad_v_CE, PRECISION)
+        grad_k_CD = add_product(grad_s_CR.to(DOT), q_RD, grad_k_CD, PRECISION)
         if WITH_QUERIES:
             grad_q_RD = tl.dot(tl.trans(grad_s_CR.to(DOT)), k_CD, input_precision=PRECISION)
-            slot_R = pair_R * G + row_R % G
+            slot_R = (pair_R - slice_pair) * G + row_R % G
             store_rows(PART_Q, slot_R * D, real_R, grad_q_RD * SCALE, D, BLOCK_D)
     if end - begin <= part:
         out_C = key_C * (num_heads // G) + group
-        store_rows(GRAD_K, out_C * D, own_C, grad_k_CD * SCALE, D, BLOCK_D)
+        grad_k_CD *= SCALE
+        if ADD:
+            grad_k_CD += load_rows(GRAD_K, out_C * D, own_C, D, BLOCK_D, SUM)
+            grad_v_CE += load_rows(GRAD_V, out_C * E, own_C, E, BLOCK_E, SUM)
+        store_rows(GRAD_K, out_C * D, own_C, grad_k_CD, D, BLOCK_D)
         store_rows(GRAD_V, out_C * E, own_C, grad_v_CE, E, BLOCK_E)
     else:
         out_C = (tl.load(SLOT + z) + part_number) * SELECT_BLOCK + place_C
@@ -183,14 +194,16 @@ def pairs_backward(
 
 @triton.jit
 def add_parts(
-    OFFSET, SLOT, BLOCK_ROW, TIME, GRAD_K, GRAD_V, SLOT_K, SLOT_V,
-    num_tokens, num_blocks, num_groups, part, SELECT_BLOCK: tl.constexpr,
+    BOUND, SLOT, BLOCK_ROW, TIME, GRAD_K, GRAD_V, SLOT_K, SLOT_V,
+    num_tokens, num_runs, num_blocks, num_groups, part,
+    SELECT_BLOCK: tl.constexpr, ADD: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of blocks of several parts, in their order."""
+    """Gradients of the keys and values of blocks of several parts, in their order (ADD: added to
+    what earlier slices left)."""
     z = tl.program_id(0)
-    parts = tl.cdiv(tl.load(OFFSET + z + 1) - tl.load(OFFSET + z), part)
+    parts = tl.cdiv(tl.load(BOUND + num_runs + z) - tl.load(BOUND + z), part)
     if parts <= 1:
         return
     key_C, _, place_C, own_C = _block_keys(
@@ -204,6 +217,9 @@ def add_parts(
         grad_k_CD += load_rows(SLOT_K, slot_C * D, own_C, D, BLOCK_D, SUM)
         grad_v_CE += load_rows(SLOT_V, slot_C * E, own_C, E, BLOCK_E, SUM)
     out_C = key_C * num_groups + z // num_blocks
+    if ADD:
+        grad_k_CD += load_rows(GRAD_K, out_C * D, own_C, D, BLOCK_D, SUM)
+        grad_v_CE += load_rows(GRAD_V, out_C * E, own_C, E, BLOCK_E, SUM)
     store_rows(GRAD_K, out_C * D, own_C, grad_k_CD, D, BLOCK_D)
     store_rows(GRAD_V, out_C * E, own_C, grad_v_CE, E, BLOCK_E)
 
@@ -214,7 +230,7 @@ def add_pairs(
     COUNT: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient (N, H, D): the sum of what their pairs give."""
+    """The queries' gradient (N, H, D), of a slice: the sum of what their pairs give."""
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     real_R = row_R < num_rows
     grad_q_RD = tl.zeros([BLOCK_R, BLOCK_D], SUM)

@@ -32,17 +32,26 @@ def same_dtype(*tensors: Tensor) -> None:
         )
 
 
-def tile_sizes(width: int, value_width: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_R query rows and BLOCK_C keys of a tile, num_warps and num_stages.
+def tile_sizes(
+    width: int, value_width: int, dtype: torch.dtype, adjoint: bool = False
+) -> dict[str, int]:
+    """BLOCK_R query rows and BLOCK_C keys of a tile, num_warps and num_stages; adjoint: of a
+    backward kernel, which keeps two tiles of scores and two sums.
 
-    Held to about 160 KiB of shared memory and 255 registers: a row of keys and values of W bytes
-    costs W each time it is staged, and 4 E bytes of a query row are summed in registers.
+    The largest that spill nothing worth naming on sm_80 and sm_90 (make kernels-compile): a row of
+    keys and values of W bytes costs W each time it is staged, and 4 E bytes of a query row are
+    summed in registers. float32 that is multiplied exactly uses no matrix unit and most registers.
     """
     row_bytes = (padded(width) + padded(value_width)) * dtype.itemsize
-    if row_bytes <= 256:
+    if dtype.itemsize > 2:
+        rows, keys = (64, 32) if row_bytes <= 512 else (32, 16)
+        return {"BLOCK_R": rows, "BLOCK_C": keys, "num_warps": 8, "num_stages": 2}
+    if row_bytes <= 256 and not adjoint:
         return {"BLOCK_R": 128, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
+    if row_bytes <= 128:
+        return {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
     if row_bytes <= 512:
-        return {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 8 if adjoint else 4, "num_stages": 2}
     if row_bytes <= 1024:
         return {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 8, "num_stages": 1}

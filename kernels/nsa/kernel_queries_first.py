@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from tiny_onn_kernels.nsa.kernel_softmax import (
+    add_product,
     load_rows,
     settle,
     store_rows,
@@ -97,5 +98,5 @@ def selected_backward_queries(
             q_RD, k_CD, grad_RE, v_CE, seen_C[None, :], lse_R[:, None], delta_R[:, None],
             SCALE2, PRECISION,
         )  # fmt: skip
-        grad_q_RD = tl.dot(grad_s_RC.to(DOT), k_CD, grad_q_RD, input_precision=PRECISION)
+        grad_q_RD = add_product(grad_s_RC.to(DOT), k_CD, grad_q_RD, PRECISION)
     store_rows(GRAD_Q, query_R * D, real_R, grad_q_RD * SCALE, D, BLOCK_D)

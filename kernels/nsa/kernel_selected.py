@@ -1,8 +1,8 @@
 """The selected branch as one differentiable operation: which kernels run, in which order.
 
-Queries first for groups of many heads, keys first for small ones; the gradients of keys and values
-go keys first always. No launch waits for the device: sizes follow from shapes and from the longest
-document, whatever was chosen.
+Keys first unless a group has so many heads that its parts are more to move than its keys; the
+gradients of keys and values go keys first always. No launch waits for the device: sizes follow from
+shapes and from the longest document, whatever was chosen.
 
 Shapes: N tokens, H query heads in K groups of G, D head width, E value width, n chosen blocks, P =
 N * K * n pairs, J selectable blocks of all documents, Z = K * J blocks of all groups, L = l' tokens
@@ -27,29 +27,17 @@ from tiny_onn_kernels.nsa.kernel_keys_first import (
 )
 from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, padded, tile_sizes, unit_stride
 from tiny_onn_kernels.nsa.kernel_queries_first import selected_backward_queries, selected_forward
-
-KEYS_FIRST_BELOW = 8
-"""Heads of a group from which its rows fill enough of a product to go queries first."""
-
-MOST_KEY_BYTES = 2**16
-"""Of a block's keys and values, for a program to hold all of them."""
+from tiny_onn_kernels.nsa.kernel_selected_plan import (
+    cut_into_slices,
+    goes_keys_first,
+    pairs_of_a_part,
+    room_for_slots,
+    slots_of_parts,
+    tokens_of_a_slice,
+)
 
 KEYS = 64
 """Keys of a tile, unless a program must hold the whole block."""
-
-
-def goes_keys_first(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, select_block: int) -> bool:
-    """Whether outputs are computed block by block, and merged, rather than token by token."""
-    row_bytes = (padded(q_NHD.shape[2]) + padded(v_NKE.shape[2])) * q_NHD.dtype.itemsize
-    fits = padded(select_block) * row_bytes <= MOST_KEY_BYTES
-    return fits and q_NHD.shape[1] // k_NKD.shape[1] < KEYS_FIRST_BELOW
-
-
-def pairs_of_a_part(num_tokens: int, count: int, select_block: int) -> int:
-    """Pairs that one program walks: as many as a block has on average, n l', so that the first
-    block of a document keeps nobody waiting; more for long batches, so that slots of parts stay
-    within some times the gradients themselves."""
-    return max(64, count * select_block) * max(1, num_tokens // 16384)
 
 
 def _shape(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, select_block: int) -> dict:
@@ -67,10 +55,13 @@ def _shape(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, select_block: int) -> di
     }
 
 
-def _by_query(options: dict, count: int) -> dict:
-    """Options of kernels that go queries first."""
-    rows, keys = padded(options["G"]), min(KEYS, padded(options["SELECT_BLOCK"]))
-    light = rows == NARROW_DOT and options["BLOCK_D"] + options["BLOCK_E"] <= 256
+def _by_query(options: dict, count: int, dtype: torch.dtype) -> dict:
+    """Options of kernels that go queries first: one warp where its registers hold a group's sums
+    and a tile of keys (make kernels-compile), so that many programs wait for keys at once."""
+    rows, width = padded(options["G"]), options["BLOCK_D"] + options["BLOCK_E"]
+    light = rows == NARROW_DOT and width * dtype.itemsize <= 512
+    keys = KEYS if not light or width * dtype.itemsize <= 256 else KEYS // 2
+    keys = min(keys, padded(options["SELECT_BLOCK"]))
     return options | {
         "COUNT": count,
         "PIECES": triton.cdiv(options["SELECT_BLOCK"], keys),
@@ -81,9 +72,9 @@ def _by_query(options: dict, count: int) -> dict:
     }
 
 
-def _by_key(options: dict, dtype: torch.dtype, rows: int, whole: bool) -> dict:
+def _by_key(options: dict, dtype: torch.dtype, rows: int, whole: bool, adjoint: bool) -> dict:
     """Options of kernels that go keys first; whole: a program holds all keys of a block."""
-    sizes = tile_sizes(options["D"], options["E"], dtype)
+    sizes = tile_sizes(options["D"], options["E"], dtype, adjoint)
     keys = padded(options["SELECT_BLOCK"])
     sizes["BLOCK_C"] = keys if whole else min(keys, sizes["BLOCK_C"])
     sizes["BLOCK_R"] = min(padded(rows), sizes["BLOCK_R"])
@@ -128,30 +119,46 @@ def selected(
             *(q_NHD, k_NKD, v_NKE, index_NKn, time_N, end_N, out_NHE, lse_NH),
             *strides,
             num_heads,
-            **_by_query(options, count),
+            **_by_query(options, count, q_NHD.dtype),
         )
         return out_NHE, lse_NH
-    groups, part = options["G"], pairs_of_a_part(num_tokens, count, select_block)
-    part_out_PGE = q_NHD.new_empty(len(pair_P), groups, v_NKE.shape[2])
-    part_lse_PG = lse_NH.new_empty(len(pair_P), groups)
-    parts = triton.cdiv(longest, part)
-    pairs_forward[((len(offset_Z1) - 1) * parts,)](
-        *(q_NHD, k_NKD, v_NKE, pair_P, offset_Z1, block_row_J, time_N, end_N),
-        *(part_out_PGE, part_lse_PG),
-        *strides,
-        *(num_tokens, len(block_row_J), kv_heads * count, part),
-        PARTS=parts,
-        **_by_key(options, q_NHD.dtype, tile, whole=True),
-    )
-    rows = _merge_rows(options)
-    merge_pairs[(triton.cdiv(lse_NH.numel(), rows["BLOCK_R"]),)](
-        *(index_NKn, part_out_PGE, part_lse_PG, out_NHE, lse_NH, lse_NH.numel()),
-        COUNT=count,
-        E=options["E"],
-        BLOCK_E=options["BLOCK_E"],
-        **rows,
+    inverse = (pair_P, offset_Z1)
+    blocks = (time_N, end_N, block_row_J, longest)
+    _forward_by_key(
+        q_NHD, k_NKD, v_NKE, index_NKn, inverse, blocks, (out_NHE, lse_NH), options, tile
     )
     return out_NHE, lse_NH
+
+
+def _forward_by_key(q_NHD, k_NKD, v_NKE, index_NKn, inverse, blocks, outputs, options, tile):
+    """Fills ``outputs``, out_NHE and lse_NH, keys first: pairs, then their merging, by slices."""
+    num_tokens, kv_heads, count = index_NKn.shape
+    (pair_P, offset_Z1), (time_N, end_N, block_row_J, longest) = inverse, blocks
+    size = tokens_of_a_slice(q_NHD, v_NKE, count)
+    part = pairs_of_a_part(size, count, options["SELECT_BLOCK"])
+    parts, num_runs = triton.cdiv(min(longest, size), part), len(offset_Z1) - 1
+    room = (min(size, num_tokens) * kv_heads * count, options["G"])
+    part_out_PGE = q_NHD.new_empty(*room, v_NKE.shape[2])
+    part_lse_PG = outputs[1].new_empty(room)
+    strides = [s for t in (q_NHD, k_NKD, v_NKE) for s in t.stride()[:2]]
+    for piece in cut_into_slices(pair_P, offset_Z1, num_tokens, size):
+        pairs_forward[(num_runs * parts,)](
+            *(q_NHD, k_NKD, v_NKE, pair_P, piece.bound_2Z, block_row_J, time_N, end_N),
+            *(part_out_PGE, part_lse_PG),
+            *strides,
+            *(num_tokens, num_runs, len(block_row_J), kv_heads * count, part, piece.first_pair),
+            PARTS=parts,
+            **_by_key(options, q_NHD.dtype, tile, whole=True, adjoint=False),
+        )
+        index_SKn, out_SHE, lse_SH = (t[piece.tokens] for t in (index_NKn, *outputs))
+        rows = _merge_rows(options)
+        merge_pairs[(triton.cdiv(lse_SH.numel(), rows["BLOCK_R"]),)](
+            *(index_SKn, part_out_PGE, part_lse_PG, out_SHE, lse_SH, lse_SH.numel()),
+            COUNT=count,
+            E=options["E"],
+            BLOCK_E=options["BLOCK_E"],
+            **rows,
+        )
 
 
 @selected.register_fake
@@ -193,67 +200,77 @@ def selected_backward(
     whole = goes_keys_first(q_NHD, k_NKD, v_NKE, select_block)
     if whole:
         delta_NH = (grad_NHE.to(lse_NH.dtype) * out_NHE.to(lse_NH.dtype)).sum(dim=-1)
-        part_q_PGD = q_NHD.new_empty(len(pair_P), options["G"], q_NHD.shape[2])
     else:
-        delta_NH, part_q_PGD = torch.empty_like(lse_NH), None
+        delta_NH = torch.empty_like(lse_NH)
         selected_backward_queries[(num_tokens, kv_heads)](
             *(q_NHD, k_NKD, v_NKE, index_NKn, time_N, end_N, out_NHE, lse_NH, grad_NHE),
             *(delta_NH, grads[0]),
             *strides,
             num_heads,
             SCALE=q_NHD.shape[2] ** -0.5,
-            **_by_query(options, count),
+            **_by_query(options, count, q_NHD.dtype),
         )
-    part = pairs_of_a_part(num_tokens, count, select_block)
-    parts, num_blocks = triton.cdiv(longest, part), len(block_row_J)
-    num_slots = 2 * len(pair_P) // part if parts > 1 else 0
-    slot_Z, slots = _slots(q_NHD, v_NKE, offset_Z1, part, num_slots, select_block)
-    by_key = _by_key(options, q_NHD.dtype, tile, whole)
-    pieces = triton.cdiv(select_block, by_key["BLOCK_C"])
-    pairs_backward[(len(slot_Z) * parts, pieces)](
-        *(q_NHD, k_NKD, v_NKE, pair_P, offset_Z1, slot_Z, block_row_J, time_N, end_N),
-        *(lse_NH, grad_NHE, delta_NH, *grads[1:], *slots, part_q_PGD),
-        *strides,
-        *(num_tokens, num_heads, num_blocks, kv_heads * count, part),
-        PARTS=parts,
-        WITH_QUERIES=whole,
-        SCALE=q_NHD.shape[2] ** -0.5,
-        **by_key,
-    )
-    if parts > 1:
-        names = ("SELECT_BLOCK", "D", "E", "BLOCK_C", "BLOCK_D", "BLOCK_E", "SUM")
-        add_parts[(len(slot_Z), pieces)](
-            *(offset_Z1, slot_Z, block_row_J, time_N, *grads[1:], *slots),
-            *(num_tokens, num_blocks, kv_heads, part),
-            **{name: by_key[name] for name in names},
-        )
-    if whole:
-        rows = _merge_rows(options)
-        add_pairs[(triton.cdiv(lse_NH.numel(), rows["BLOCK_R"]),)](
-            *(index_NKn, part_q_PGD, grads[0], lse_NH.numel()),
-            COUNT=count,
-            D=options["D"],
-            BLOCK_D=options["BLOCK_D"],
-            **rows,
-        )
-    return grads
+    options |= _by_key(options, q_NHD.dtype, tile, whole, adjoint=True)
+    options |= {"SCALE": q_NHD.shape[2] ** -0.5, "WITH_QUERIES": whole}
+    tensors = (q_NHD, k_NKD, v_NKE, index_NKn, lse_NH, grad_NHE, delta_NH)
+    blocks = (time_N, end_N, block_row_J, longest)
+    return _backward_by_key(*tensors, (pair_P, offset_Z1), blocks, grads, options)
 
 
-def _slots(
-    q_NHD: Tensor, v_NKE: Tensor, offset_Z1: Tensor, part: int, num_slots: int, select_block: int
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """First slot of each block of several parts, and room for the gradients of all slots.
+def _backward_by_key(
+    q_NHD, k_NKD, v_NKE, index_NKn, lse_NH, grad_NHE, delta_NH, inverse, blocks, grads, options
+):
+    """Gradients of keys and values, and of queries if WITH_QUERIES; ``grads``: where they belong.
 
-    A block of c > part pairs has fewer than 2 c / part parts: so all have at most 2 P / part.
+    Of several slices each adds to float32 sums, one launch after the other.
     """
-    parts_Z = (offset_Z1.diff() + part - 1) // part
-    slots_Z = torch.where(parts_Z > 1, parts_Z, 0)
-    room = (num_slots, select_block)
-    kind = sum_dtype(q_NHD.dtype)
-    widths = (q_NHD.shape[2], v_NKE.shape[2])
-    return slots_Z.cumsum(0) - slots_Z, tuple(
-        q_NHD.new_empty(*room, width, dtype=kind) for width in widths
-    )
+    num_tokens, kv_heads, count = index_NKn.shape
+    (pair_P, offset_Z1), (time_N, end_N, block_row_J, longest) = inverse, blocks
+    select_block, with_queries = options["SELECT_BLOCK"], options["WITH_QUERIES"]
+    size = tokens_of_a_slice(q_NHD, v_NKE, count) if with_queries else num_tokens
+    slices = cut_into_slices(pair_P, offset_Z1, num_tokens, size)
+    part = pairs_of_a_part(size, count, select_block)
+    parts, num_runs = triton.cdiv(min(longest, size), part), len(offset_Z1) - 1
+    pieces = triton.cdiv(select_block, options["BLOCK_C"])
+    sizes = (num_runs, len(block_row_J))
+    num_pairs = min(size, num_tokens) * kv_heads * count
+    part_q_PGD = q_NHD.new_empty(num_pairs, options["G"], q_NHD.shape[2]) if with_queries else None
+    slots = room_for_slots(q_NHD, v_NKE, 2 * num_pairs // part if parts > 1 else 0, select_block)
+    strides = [s for t in (q_NHD, k_NKD, v_NKE, grad_NHE) for s in t.stride()[:2]]
+    sums = grads[1:]
+    if len(slices) > 1:
+        sums = tuple(torch.zeros_like(t, dtype=sum_dtype(t.dtype)) for t in sums)
+    adds = {"ADD": len(slices) > 1}
+    for piece in slices:
+        slot_Z = slots_of_parts(piece.bound_2Z, part)
+        pairs_backward[(num_runs * parts, pieces)](
+            *(q_NHD, k_NKD, v_NKE, pair_P, piece.bound_2Z, slot_Z, block_row_J, time_N, end_N),
+            *(lse_NH, grad_NHE, delta_NH, *sums, *slots, part_q_PGD),
+            *strides,
+            *(num_tokens, q_NHD.shape[1], *sizes, kv_heads * count, part, piece.first_pair),
+            PARTS=parts,
+            **adds,
+            **options,
+        )
+        if parts > 1:
+            names = ("SELECT_BLOCK", "D", "E", "BLOCK_C", "BLOCK_D", "BLOCK_E", "SUM")
+            add_parts[(num_runs, pieces)](
+                *(piece.bound_2Z, slot_Z, block_row_J, time_N, *sums, *slots),
+                *(num_tokens, *sizes, kv_heads, part),
+                **{name: options[name] for name in names},
+                **adds,
+            )
+        if with_queries:
+            index_SKn, grad_q_SHD = (t[piece.tokens] for t in (index_NKn, grads[0]))
+            rows, num_rows = _merge_rows(options), index_SKn.shape[0] * q_NHD.shape[1]
+            add_pairs[(triton.cdiv(num_rows, rows["BLOCK_R"]),)](
+                *(index_SKn, part_q_PGD, grad_q_SHD, num_rows),
+                COUNT=count,
+                D=options["D"],
+                BLOCK_D=options["BLOCK_D"],
+                **rows,
+            )
+    return grads[0], *(t.to(grad.dtype) for t, grad in zip(sums, grads[1:], strict=True))
 
 
 @selected_backward.register_fake

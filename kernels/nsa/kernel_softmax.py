@@ -33,6 +33,12 @@ def store_rows(X, offset_R, real_R, x_RD, WIDTH: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def add_product(a_AB, b_BC, sum_AC, PRECISION: tl.constexpr):
+    """a b added to a sum, in the dtype of the sum."""
+    return tl.dot(a_AB, b_BC, sum_AC, input_precision=PRECISION, out_dtype=sum_AC.dtype)
+
+
+@triton.jit
 def take_in(
     q_RD,
     k_CD,
@@ -54,7 +60,7 @@ def take_in(
     shrink_R = tl.exp2(peak_R - finite_R)
     total_R = total_R * shrink_R + tl.sum(weight_RC, 1)
     sum_RE = sum_RE * shrink_R[:, None]
-    sum_RE = tl.dot(weight_RC.to(v_CE.dtype), v_CE, sum_RE, input_precision=PRECISION)
+    sum_RE = add_product(weight_RC.to(v_CE.dtype), v_CE, sum_RE, PRECISION)
     return higher_R, total_R, sum_RE
 
 

@@ -132,6 +132,14 @@ class NsaLayout:
         """Selectable blocks of the longest document."""
         return -(-self.longest // self.select_block)
 
+    def compute_for_kernels(self) -> None:
+        """What the Triton kernels read of a layout, now: torch.compile cannot trace the lock that
+        cached_property takes before Python 3.12, but finds what is computed as plain attributes."""
+        for cover in (self.chunks, self.selectable, self.tiles):
+            assert cover.blocks.first_row_M is not None
+        assert self.compressed_rows_ML is not None
+        assert self.compressed_range and self.window_range
+
     def _blocks(self, counts: list[int], size: int, stride: int) -> Blocks:
         device, total = self.start_B.device, sum(counts)
         count_B = torch.tensor(counts, device=device)

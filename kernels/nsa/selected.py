@@ -49,8 +49,8 @@ def invert_index(index_NKn: Tensor, layout: NsaLayout) -> InverseIndex:
     first_N11 = layout.selectable.blocks.first_B[layout.doc_N][:, None, None]
     key_NKn = index_NKn + first_N11 + head_K1 * num_blocks
     key_P = torch.where(index_NKn < 0, kv_heads * num_blocks, key_NKn).flatten()
-    key_P, pair_P = key_P.sort(stable=True)
-    block_Z1 = torch.arange(kv_heads * num_blocks + 1, device=key_P.device)
+    key_P, pair_P = key_P.int().sort(stable=True)
+    block_Z1 = torch.arange(kv_heads * num_blocks + 1, device=key_P.device, dtype=torch.int32)
     return InverseIndex(pair_P, torch.searchsorted(key_P, block_Z1))  # bincount would wait
 
 

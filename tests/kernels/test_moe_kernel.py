@@ -71,7 +71,8 @@ def test_values_and_gradients_equal_the_definition_in_float16(case):
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_values_and_gradients_equal_the_definition_in_bfloat16(case):
     got = run_case(expert_ffn, case, torch.bfloat16, DEVICE)
-    assert_near(got, run_case(rounded_to(torch.bfloat16), case, torch.float64), 1e-2)
+    most = 1e-2 if ON_GPU else 2e-2  # the interpreter truncates to bfloat16: twice the error
+    assert_near(got, run_case(rounded_to(torch.bfloat16), case, torch.float64), most)
 
 
 @pytest.mark.parametrize("case", ALL_CASES[:3], ids=str)

@@ -106,3 +106,26 @@ def assert_decoding_is_parallel(decode_from):
         assert steps == sum(len(d.tokens) - n for d, n in zip(docs, cuts, strict=True))
 
     return check
+
+
+@pytest.fixture
+def dense_varlen():
+    """A stand-in for flash-attn's function, bottom-right aligned when causal."""
+
+    def call(q, k, v, cu_q, cu_k, max_q, max_k, causal, window=None):
+        pieces = []
+        for d in range(len(cu_q) - 1):
+            qd, kd, vd = (t[cu[d] : cu[d + 1]] for t, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
+            assert len(qd) <= max_q and len(kd) <= max_k
+            kd, vd = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (kd, vd))
+            scores = torch.einsum("ihd,jhd->hij", qd, kd) * q.shape[-1] ** -0.5
+            last = torch.arange(len(qd))[:, None] + len(kd) - len(qd)
+            key = torch.arange(len(kd))[None]
+            if causal:
+                scores = scores.masked_fill(key > last, float("-inf"))
+            if window is not None:
+                scores = scores.masked_fill(key <= last - window, float("-inf"))
+            pieces.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), vd))
+        return torch.cat(pieces)
+
+    return call

@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.overrides import TorchFunctionMode
 
 from tiny_onn.losses.sdl import sparsity
-from tiny_onn.model.gate import CosineGate, _MeanWeights, unit
+from tiny_onn.model.gate import CosineGate, _MeanWeights, exact_product, unit
 
 WIDTH, EXPERTS = 24, 5
 
@@ -208,29 +207,22 @@ def test_autocast_does_not_touch_the_gate():
     assert torch.equal(plain.weight_NE, cast.weight_NE) and half.weight_NE.dtype == torch.float32
 
 
-class MatmulPrecisions(TorchFunctionMode):
-    """Notes what precision every matrix product is allowed."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if "matmul" in function.__name__ and "precision" not in function.__name__:
-            self.seen.append(torch.get_float32_matmul_precision())
-        return function(*args, **(kwargs or {}))
-
-
-def test_a_run_that_allows_tf32_does_not_round_the_gates_cosines():
+def test_a_run_that_allows_tf32_does_not_round_the_gates_cosines(monkeypatch):
     gate, x_NC = make_gate(dtype=torch.float32), tokens(dtype=torch.float32)
+    product, seen = torch.Tensor.__matmul__, []
+
+    def watched(a, b):
+        seen.append(torch.get_float32_matmul_precision())
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        with MatmulPrecisions() as products:
-            gate(x_NC)
-            gate.fires_for_gates(x_NC)
-            gate.gram()
-        assert products.seen == ["highest"] * 3
+        gate(x_NC)
+        gate.fires_for_gates(x_NC)
+        gate.gram()
+        assert seen == ["highest"] * 3
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -254,3 +246,9 @@ def test_no_tokens_at_all():
     for mode in ("skip", "top1"):
         decision = make_gate(none_active=mode)(tokens(0))
         assert decision.runs_NE.shape == decision.weight_NE.shape == (0, EXPERTS)
+
+
+def test_the_exact_product_is_an_operation_with_gradients():
+    a_NC, b_EC = tokens(7).requires_grad_(), tokens(3).requires_grad_()
+    torch.library.opcheck(exact_product, (a_NC, b_EC))
+    assert torch.autograd.gradcheck(exact_product, (a_NC, b_EC))

@@ -37,19 +37,6 @@ def naive(q, k, v, spans):
     return out
 
 
-def dense_varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal):
-    """A stand-in for flash-attn's function, bottom-right aligned when causal."""
-    pieces = []
-    for d in range(len(cu_q) - 1):
-        qd, kd, vd = q[cu_q[d] : cu_q[d + 1]], k[cu_k[d] : cu_k[d + 1]], v[cu_k[d] : cu_k[d + 1]]
-        scores = torch.einsum("ihd,jhd->hij", qd, kd) * q.shape[-1] ** -0.5
-        if causal:
-            i, j = torch.arange(len(qd))[:, None], torch.arange(len(kd))[None]
-            scores = scores.masked_fill(j > i + len(kd) - len(qd), float("-inf"))
-        pieces.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), vd))
-    return torch.cat(pieces)
-
-
 def tensors(lengths, heads, kv_heads, width=8):
     torch.manual_seed(0)
     total = sum(lengths)
@@ -87,7 +74,7 @@ def test_sdpa_equals_reference_in_values_and_gradients(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_two_varlen_calls_make_prefix_attention(share):
+def test_two_varlen_calls_make_prefix_attention(share, dense_varlen):
     lengths = (3, 4, 9, 30)
     spans = make_spans(lengths, share)
     inputs = tensors(lengths, 4, 4)

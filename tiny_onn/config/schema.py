@@ -206,7 +206,8 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class OpsConfig:
     backend: Literal["auto", "reference", "sdpa", "flash", "varlen"] = key(
-        "auto", "attention back-end, decided once when the model is built"
+        "auto",
+        "attention back-end, decided once when the model is built (flash: NSA's windows too)",
     )
     experts: Literal["auto", "loop", "grouped_mm", "triton"] = key(
         "auto", "how experts run: one after the other, as one grouped product, or by our kernels"

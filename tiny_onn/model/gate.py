@@ -21,8 +21,6 @@ Shapes: N tokens, E experts, C width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -58,16 +56,36 @@ def unit(x_NC: Tensor) -> Tensor:
     return x_NC * _inverse_norm(x_NC)
 
 
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """No autocast, and matrix products in the whole float32 (a run on CUDA allows TF32)."""
+@torch.library.custom_op("tiny_onn::exact_product", mutates_args=())
+def exact_product(a_NC: Tensor, b_EC: Tensor) -> Tensor:
+    """a b^T in the whole float32 (a run on CUDA allows TF32); its gradients as the run has it."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        return a_NC @ b_EC.T
     finally:
         torch.set_float32_matmul_precision(allowed)
+
+
+@exact_product.register_fake
+def _(a_NC, b_EC):
+    return a_NC.new_empty(a_NC.shape[0], b_EC.shape[0])
+
+
+def _differentiate(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    a_NC, b_EC = ctx.saved_tensors
+    wants_a, wants_b = ctx.needs_input_grad
+    return grad_NE @ b_EC if wants_a else None, grad_NE.T @ a_NC if wants_b else None
+
+
+exact_product.register_autograd(
+    _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """What is computed within keeps the dtype of its inputs."""
+    return torch.autocast(device.type, enabled=False)
 
 
 class _Fires(torch.autograd.Function):
@@ -155,11 +173,11 @@ class CosineGate(nn.Module):
         """(N, E): cos - threshold."""
         x_NC = _wide(x_NC)
         # Scaled after the product: its N x E numbers are fewer than the N x C of the tokens.
-        cos_NE = x_NC @ unit(self.prototypes).T * _inverse_norm(x_NC)
+        cos_NE = exact_product(x_NC, unit(self.prototypes)) * _inverse_norm(x_NC)
         return cos_NE - self.thresholds
 
     def forward(self, x_NC: Tensor) -> Decision:
-        with full_float32(x_NC.device):
+        with no_autocast(x_NC.device):
             margin_NE = self.margins(x_NC)
             fires_NE = margin_NE > 0
             if self.combine == "gated":
@@ -176,11 +194,11 @@ class CosineGate(nn.Module):
     def fires_for_gates(self, x_NC: Tensor) -> Tensor:
         """(N, E) 0 or 1, differentiable in prototypes and thresholds only: what SDL sees, which
         shall move the gate and not what the tokens are."""
-        with full_float32(x_NC.device):
+        with no_autocast(x_NC.device):
             return _Fires.apply(self.margins(x_NC.detach()), self.sharpness)
 
     def gram(self) -> Tensor:
         """(E, E): cosines of all prototypes with each other."""
-        with full_float32(self.prototypes.device):
+        with no_autocast(self.prototypes.device):
             unit_EC = unit(self.prototypes)
-            return unit_EC @ unit_EC.T
+            return exact_product(unit_EC, unit_EC)

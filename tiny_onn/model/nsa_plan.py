@@ -9,7 +9,7 @@ Shapes: N tokens, X of them, H query heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,13 @@ class Split:
     layout: of the sparse ones alone, None if there are none; sparse_row_X, full_row_X: rows of
     either among all tokens; back_N: puts sparse rows, then full ones, into their order (all three
     None unless there are both); full: attention of the full ones, None if there are none, or if it
-    is never asked because their output is known.
+    is never asked because their output is known; sparse: this branch of the sparse ones by another
+    back-end than NSA's, None: by NSA's own.
     """
 
     layout: nsa.NsaLayout | None = None
     full: Attend | None = None
+    sparse: Attend | None = None
     sparse_row_X: Tensor | None = None
     full_row_X: Tensor | None = None
     back_N: Tensor | None = None
@@ -46,14 +48,19 @@ class Split:
         if self.layout is None:
             return self.full(*tensors[:3]) if known_NHD is None else known_NHD
         if self.full_row_X is None:
-            return sparse(*tensors, self.layout)
+            return self._attend_sparsely(sparse, tensors)
         rows = self.sparse_row_X
-        sparse_XHD = sparse(*(t.index_select(0, rows) for t in tensors), self.layout)
+        sparse_XHD = self._attend_sparsely(sparse, [t.index_select(0, rows) for t in tensors])
         if known_NHD is None:
             full_XHD = self.full(*(t.index_select(0, self.full_row_X) for t in tensors[:3]))
         else:
             full_XHD = known_NHD.index_select(0, self.full_row_X)
         return torch.cat([sparse_XHD, full_XHD]).index_select(0, self.back_N)
+
+    def _attend_sparsely(self, own: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        if self.sparse is not None:
+            return self.sparse(*tensors[:3])
+        return own(*tensors, self.layout)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,12 @@ class NsaPlan:
     window_known: bool
     full: Attend | None = None
 
+    def compute_for_kernels(self) -> None:
+        """See :meth:`nsa.NsaLayout.compute_for_kernels`."""
+        layouts = {id(x): x for x in (self.layout, self.selected.layout, self.window.layout) if x}
+        for layout in layouts.values():
+            layout.compute_for_kernels()
+
 
 def window_is_known(lengths: tuple[int, ...], settings: NsaConfig) -> bool:
     """Whether each document that its window covers has been read in full by the selected branch."""
@@ -86,13 +99,17 @@ def plan_nsa(
     plan_full: Callable[[DocumentSpans], Attend],
     num_filler: int = 0,
     full: Attend | None = None,
+    plan_window: Callable[[DocumentSpans], Attend] | None = None,
 ) -> NsaPlan:
     """The plan for the documents of ``spans``; ``plan_full`` makes full attention for some, and
-    ``full`` is that of blocks without NSA."""
+    ``full`` is that of blocks without NSA; ``plan_window`` makes the window branch for some where
+    it is not NSA's own."""
     layout, covered = _lay_out(spans, settings), settings.select_count * settings.select_block
     known = window_is_known(spans.lengths, settings)
     selected = _split(spans, covered, layout, settings, plan_full)
-    window = _split(spans, settings.window, layout, settings, None if known else plan_full)
+    window = _split(
+        spans, settings.window, layout, settings, None if known else plan_full, plan_window
+    )
     return NsaPlan(layout, num_filler, selected, window, known, full)
 
 
@@ -102,12 +119,16 @@ def _split(
     layout: nsa.NsaLayout,
     settings: NsaConfig,
     plan_full: Callable[[DocumentSpans], Attend] | None,
+    plan_sparse: Callable[[DocumentSpans], Attend] | None = None,
 ) -> Split:
     """Documents of at most ``longest`` tokens are read in full; ``layout`` is that of all."""
     short = [i for i, n in enumerate(spans.lengths) if n <= longest]
     long = [i for i, n in enumerate(spans.lengths) if n > longest]
+    sparse = None
+    if long and plan_sparse is not None:
+        sparse = plan_sparse(_some(spans, long) if short else spans)
     if not short:
-        return Split(layout)
+        return Split(layout, sparse=sparse)
     full = plan_full and plan_full(_some(spans, short) if long else spans)
     if not long:
         return Split(full=full)
@@ -117,6 +138,7 @@ def _split(
     return Split(
         _lay_out(_some(spans, long), settings),
         full,
+        sparse,
         *(rows.to(device) for rows in (sparse_rows, full_rows, back_N)),
     )
 

@@ -38,6 +38,7 @@ from tiny_onn.model.packed_attention import (
 )
 from tiny_onn.model.rope import Rope3D
 from tiny_onn.model.token_context import PackedTokens, TokenHistory
+from tiny_onn.model.window_varlen import plan_window_varlen
 from tiny_onn.ops import resolve_attention, resolve_experts, resolve_nsa
 
 
@@ -143,8 +144,12 @@ class TinyONN(nn.Module):
                 layer.backend = chosen
         return self
 
+    @torch.compiler.disable
     def plan_attention(self, batch: Any) -> Attend | NsaPlan:
-        """How this batch's documents attend, by the chosen back-end (filler rows do not)."""
+        """How this batch's documents attend, by the chosen back-end (filler rows do not).
+
+        Work of the host, on documents' lengths, once a batch: nothing to compile.
+        """
         spans = self._spans(batch.layout)
         num_tokens = sum(spans.lengths)
         filler = len(batch.tokens_N) - num_tokens
@@ -154,7 +159,11 @@ class TinyONN(nn.Module):
             attend = self._plan_documents(spans)
             attend = beside_filler(attend, num_tokens, filler) if filler else attend
         if sparse:
-            return plan_nsa(spans, self.nsa, self._plan_documents, filler, attend)
+            window = self._plan_window if self.attention_backend == "flash" else None
+            plan = plan_nsa(spans, self.nsa, self._plan_documents, filler, attend, window)
+            if any(layer.backend == "triton" for layer in self.sparse_attention_layers):
+                plan.compute_for_kernels()
+            return plan
         return attend
 
     def _spans(self, layout: Any) -> DocumentSpans:
@@ -170,6 +179,9 @@ class TinyONN(nn.Module):
             return plan_sdpa(spans)
         varlen = flash_varlen() if self.attention_backend == "flash" else torch_varlen()
         return plan_varlen(spans, varlen)
+
+    def _plan_window(self, spans: DocumentSpans) -> Attend:
+        return plan_window_varlen(spans, self.nsa.window, flash_varlen())
 
     def hidden(
         self,

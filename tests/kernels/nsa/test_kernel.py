@@ -77,9 +77,9 @@ def agrees(kernel, device, assert_close):
 @pytest.fixture(params=ORDERS)
 def order(request, kernel, monkeypatch):
     """Both ways of the selected branch."""
-    from tiny_onn_kernels.nsa import kernel_selected
+    from tiny_onn_kernels.nsa import kernel_selected_plan
 
-    monkeypatch.setattr(kernel_selected, "KEYS_FIRST_BELOW", ORDERS[request.param])
+    monkeypatch.setattr(kernel_selected_plan, "KEYS_FIRST_SHARE", ORDERS[request.param])
     return request.param
 
 
@@ -121,6 +121,39 @@ def test_a_block_that_many_chose_is_cut_into_parts(agrees, order, monkeypatch):
 
     monkeypatch.setattr(kernel_selected, "pairs_of_a_part", lambda *_: 7)
     agrees(replace(PACKED, lengths=(40, 3), prefixes=(0, 2)), names=["selected"])
+
+
+@pytest.mark.parametrize("part", [5, 1000])
+def test_a_long_batch_goes_slice_by_slice(part, agrees, monkeypatch):
+    from tiny_onn_kernels.nsa import kernel_selected, kernel_selected_plan
+
+    monkeypatch.setattr(kernel_selected_plan, "KEYS_FIRST_SHARE", ORDERS["keys first"])
+    monkeypatch.setattr(kernel_selected, "tokens_of_a_slice", lambda *_: 16)
+    monkeypatch.setattr(kernel_selected, "pairs_of_a_part", lambda *_: part)
+    agrees(replace(PACKED, lengths=(40, 3, 9), prefixes=(0, 2, 9)), names=["selected"])
+
+
+def test_slices_hold_every_pair_once_in_order(kernel, device):
+    from tiny_onn_kernels.nsa.kernel_selected_plan import cut_into_slices
+    from tiny_onn_kernels.nsa.selected import invert_index
+
+    layout = PACKED.layout(device)
+    num_tokens = len(layout.time_N)
+    index = torch.randint(-1, 1, (num_tokens, 2, 3), device=device)
+    inverse = invert_index(index, layout)
+    token_P = inverse.pair_P // 6
+    for size in (1, 7, num_tokens - 1, num_tokens, num_tokens + 1):
+        slices = cut_into_slices(inverse.pair_P, inverse.offset_Z1, num_tokens, size)
+        assert len(slices) == -(-num_tokens // size)
+        end_Z = inverse.offset_Z1[:-1]
+        for number, piece in enumerate(slices):
+            assert piece.first_pair == number * size * 6
+            begin_Z, stop_Z = piece.bound_2Z
+            assert torch.equal(begin_Z, end_Z)
+            for begin, stop in zip(begin_Z.tolist(), stop_Z.tolist(), strict=True):
+                assert ((token_P[begin:stop] // size) == number).all()
+            end_Z = stop_Z
+        assert torch.equal(end_Z, inverse.offset_Z1[1:])
 
 
 def test_keys_of_few_tiles_are_split_over_their_queries(agrees, monkeypatch):

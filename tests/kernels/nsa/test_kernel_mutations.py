@@ -30,6 +30,16 @@ def in_select(name, value):
     return kernel_select, name, value
 
 
+def swapped_gates():
+    """The compressed branch with the selected one's gate, and the other way round."""
+    from tiny_onn_kernels.nsa import kernel
+
+    def combine(gate_NH3, *branches):
+        return reference.combine(gate_NH3[..., [1, 0, 2]], *branches)
+
+    return kernel, "combine", combine
+
+
 def literal_equation_9(block, stride, select_block):
     first, weights = overlap_taps(block, stride, select_block)
     return first - (select_block // stride - 1), weights
@@ -42,6 +52,7 @@ MUTATIONS = {
     "a compressed block too many": lambda: moved("compressed_range", 0, 1),
     "a compressed block too few": lambda: moved("compressed_range", 0, -1),
     "equation 9 as printed": lambda: in_select("overlap_taps", literal_equation_9),
+    "gates of two branches swapped": swapped_gates,
     "one local block": lambda: in_select("NUM_LOCAL", 1),
 }
 
