@@ -97,7 +97,7 @@ class Documents:
 
     def lay_out(self, window: int, device: torch.device) -> kernel.NsaLayout:
         setting = self.setting
-        return kernel.lay_out(
+        layout = kernel.lay_out(
             torch.tensor([0, *self.lengths], device=device).cumsum(0).int(),
             block=setting.block,
             stride=setting.stride,
@@ -105,6 +105,8 @@ class Documents:
             window=window,
             lengths=self.lengths,
         )
+        layout.compute_for_kernels()
+        return layout
 
     def cast(self, dtype: torch.dtype) -> Documents:
         """The same numbers in another dtype."""
@@ -141,8 +143,8 @@ Call = Callable[[], Any]
 
 
 def passes(forward: Call, leaves: Sequence[Tensor], grad: Tensor) -> dict[str, Callable[[], Call]]:
-    """Makers of PASSES. Forward is without gradient, so NSA inverts no index in it; backward keeps
-    one graph."""
+    """Makers of PASSES. Forward is without gradient, so NSA inverts the index in it only where it
+    goes keys first; backward keeps one graph."""
 
     def without_gradient() -> Any:
         with torch.no_grad():

@@ -11,6 +11,7 @@ blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch
 from gpu_cases import Arm, Case, Work, agree
 from nsa_gpu_inputs import BOUND, Documents, Setting, check_documents, check_setting, passes
 
-from tiny_onn_kernels.nsa import kernel, kernel_band, kernel_select, kernel_selected
+from tiny_onn_kernels.nsa import kernel, kernel_band, kernel_select, kernel_selected_plan
 from tiny_onn_kernels.nsa.select import overlap_taps
 
 TFLOPS, MEMORY_TBS, L2_TBS = 600.0, 4.8, 5.5
@@ -83,18 +84,26 @@ def _kernels(docs: Documents) -> Makers:
     return made
 
 
+def auto_goes_keys_first(setting: Setting) -> bool:
+    """What the selected branch does when nobody asks."""
+    q_NHD, k_NKD = (
+        torch.empty(1, heads, setting.width, dtype=setting.dtype, device="meta")
+        for heads in (setting.heads, setting.kv_heads)
+    )
+    return kernel_selected_plan.goes_keys_first(q_NHD, k_NKD, k_NKD, setting.select_block)
+
+
 def roofline(setting: Setting, length: int) -> dict[str, tuple[float, float, float]]:
     """Operations, bytes and TB/s of each kernel on one document: computed, not measured."""
     size = 2 if setting.dtype == torch.bfloat16 else 4
     heads, kv_heads, width = setting.heads, setting.kv_heads, setting.width
     blocks = kernel.num_compressed(length, setting.block, setting.stride)
+    tokens = range(length)
     seen = {  # pairs of a token and a key
         "compressed": sum(length - i * setting.stride - setting.block + 1 for i in range(blocks)),
-        "selected": sum(
-            min(setting.count * setting.select_block, t + 1) for t in range(length)
-        ),
-        "window": sum(min(setting.window, t + 1) for t in range(length)),
-    }  # fmt: skip
+        "selected": sum(min(setting.count * setting.select_block, t + 1) for t in tokens),
+        "window": sum(min(setting.window, t + 1) for t in tokens),
+    }
     rows = {"compressed": blocks, "selected": length, "window": length}
     queries, found = size * length * heads * width, {}
     for name, pairs in seen.items():
@@ -110,12 +119,16 @@ def roofline(setting: Setting, length: int) -> dict[str, tuple[float, float, flo
         queries + size * blocks * kv_heads * width,
         MEMORY_TBS,
     )
-    if heads // kv_heads >= kernel_selected.KEYS_FIRST_BELOW:
-        read = 2.0 * size * seen["selected"] * kv_heads * width  # again for every token and group
-        products = {"forward": 2, "backward": 3 + 4}
-        for word, count in products.items():
-            operations = count * found["selected forward"][0] / 2
-            found[f"selected {word}"] = (operations, read, L2_TBS)
+    product, groups = found["selected forward"][0] / 2, heads // kv_heads
+    if auto_goes_keys_first(setting):  # rows of queries, outputs and gradients, for every pair
+        pairs = kv_heads * sum(min(setting.count, t // setting.select_block + 1) for t in tokens)
+        row = float(size * groups * width * pairs)
+        found["selected forward"] = (2 * product, 3 * row, MEMORY_TBS)
+        found["selected backward"] = (5 * product, 4 * row, MEMORY_TBS)
+    else:  # keys again for every token and group
+        read = 2.0 * size * seen["selected"] * kv_heads * width
+        found["selected forward"] = (2 * product, read, L2_TBS)
+        found["selected backward"] = (7 * product, read, L2_TBS)
     return found
 
 
@@ -156,13 +169,13 @@ def kernel_case(setting: Setting, length: int) -> Case:
 
 @contextmanager
 def keys_first(wanted: bool) -> Iterator[None]:
-    """The selected branch block by block, or token by token, whatever the size of a group."""
-    before = kernel_selected.KEYS_FIRST_BELOW
-    kernel_selected.KEYS_FIRST_BELOW = 2**30 if wanted else 0
+    """The selected branch block by block, or token by token, whatever would move less."""
+    before = kernel_selected_plan.KEYS_FIRST_SHARE
+    kernel_selected_plan.KEYS_FIRST_SHARE = math.inf if wanted else 0.0
     try:
         yield
     finally:
-        kernel_selected.KEYS_FIRST_BELOW = before
+        kernel_selected_plan.KEYS_FIRST_SHARE = before
 
 
 WAYS = {"queries first": False, "keys first": True}
@@ -213,7 +226,8 @@ def group_case(setting: Setting, groups: int, length: int) -> Case:
             f"{word}, queries first over keys first": tuple(f"{way} {word}" for way in WAYS)
             for word in ("forward", "forward+backward")
         }
-        return Work(arms, check, ratios)
+        auto = {"auto": "keys first" if auto_goes_keys_first(setting) else "queries first"}
+        return Work(arms, check, ratios, derive=lambda seconds: auto)
 
     return Case(f"keys first {setting.name} {length}", setting.shapes(length, 1), build, True, 2.0)
 

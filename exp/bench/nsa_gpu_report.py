@@ -99,13 +99,15 @@ def report(records: Mapping[str, Record]) -> None:
             print(line)
     for name, record in _of(records, "kernels"):
         _table(f"{name}: slowest first", *_kernel_rows(record))
-    for kind, arm in (("keys first", "queries first over keys first"),):
-        words = ("forward", BOTH)
-        rows = [
-            [name.removeprefix(f"{kind} "), *(ratio_text(r, f"{word}, {arm}") for word in words)]
-            for name, r in _of(records, kind)
-        ]
-        _table(f"selected branch, {arm} (above 1: keys first is faster)", ["case", *words], rows)
+    arm, words = "queries first over keys first", ("forward", BOTH)
+    rows = [
+        [name.removeprefix("keys first "), *(ratio_text(r, f"{word}, {arm}") for word in words)]
+        + [_mib(r, f"{way} first {BOTH}") for way in ("queries", "keys")]
+        + [r["derived"]["auto"]]
+        for name, r in _of(records, "keys first")
+    ]
+    head = ["case", *words, "queries first MiB", "keys first MiB", "auto"]
+    _table(f"selected branch, {arm} (above 1: keys first is faster)", head, rows)
     names = [f"{n}{mode}" for mode in ("", " graph") for n in ("nsa", "matmul", *RIVALS)]
     rows = [
         [name.removeprefix("decode "), *(_ms(r, n) for n in names)]
