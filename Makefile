@@ -1,6 +1,9 @@
 # make demo: train in two stages, predict, submit and score on two CPU cores in ten minutes (after the set-up)
 # make test: linter and the whole suite      make bench: speed      make race: nano219, three seeds
 # make ablation: what each sparse part buys (2 hours on two cores; goes on where it was stopped)
+# make bench-gpu: the sparse kernels on a CUDA device against dense and public ones, in nine minutes at
+#   most (goes on where it was stopped); nothing is installed first, so give RUN=python3 where there
+#   is no .venv, and ARGS=--quick for a smoke test on a CPU
 # make kernels-compile: every kernel for sm_80 and sm_90, without a GPU; registers, spills, memory
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
 PYTHON ?= python3
@@ -10,7 +13,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_ARGS)
 
-.PHONY: setup demo test lint bench race ablation kernels-compile
+.PHONY: setup demo test lint bench bench-gpu race ablation kernels-compile
 
 setup: $(STAMP)
 
@@ -50,8 +53,16 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# Modules that the scripts share have no main.
 bench: setup
-	for script in exp/bench/*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+	for script in $$(grep -l __main__ exp/bench/*.py | grep -v _gpu.py); do \
+		echo "== $$script"; $(RUN) $$script || exit 1; done
+
+# Both run, whatever the first one finds.
+bench-gpu:
+	@status=0; for name in nsa_gpu moe_gpu; do \
+		echo "== exp/bench/$$name.py"; $(RUN) exp/bench/$$name.py $(ARGS) || status=1; done; \
+		exit $$status
 
 race: setup
 	for seed in 0 1 2; do $(RUN) exp/race/nano219.py --seed $$seed || exit 1; done

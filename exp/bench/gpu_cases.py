@@ -116,10 +116,9 @@ def _first_call(arm: Arm, watch: Stopwatch, memory: bool) -> tuple[Call | None, 
     try:
         call, setup_s = watch.wall(arm.make)
         _, first_s = watch.wall(call)
-        found = {"first_call_s": round(setup_s + first_s, 3)}
-        if memory:
-            found["peak_mib"] = watch.peak_mib(call)
-        return call, found | {"again_s": watch.wall(call)[1]}
+        peak_mib, again_s = watch.wall(lambda: watch.peak_mib(call))
+        found = {"first_call_s": round(setup_s + first_s, 3), "again_s": again_s}
+        return call, found | ({"peak_mib": peak_mib} if memory else {})
     except torch.OutOfMemoryError as error:
         return None, {"status": "out of memory", "why": _line(error)}
     except Unavailable as error:

@@ -42,7 +42,8 @@ class Results:
         self.cases: dict[str, Any] = {}
         if not fresh and self.path.exists():
             old = json.loads(self.path.read_text())
-            if all(old.get(key) == self.head[key] for key in ("sources", "device", "torch")):
+            same = ("sources", "device", "torch", "triton")
+            if all(old.get(key) == self.head[key] for key in same):
                 self.cases = old["cases"]
 
     def finished(self, name: str) -> bool:
@@ -108,11 +109,10 @@ def run(
     if args.list:
         print("\n".join(case.name for case in cases))
         return 0
-    cuda = torch.cuda.is_available()
-    if not cuda and not args.quick:
+    device = _device(args.quick)
+    if device is None:
         print("error: torch sees no CUDA device; --quick is a smoke test on a CPU", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if cuda else "cpu")
     torch.manual_seed(0)
     fresh = args.quick and args.after is None
     results = Results(name, args.quick, provenance(device, sources), fresh)
@@ -139,14 +139,23 @@ def run(
             + (f"\n  {found['why']}" if "why" in found else ""),
             flush=True,
         )
-        if cuda and _lost():
+        if _lost(device):
             _start_again(case.name, spent_s)
     report(results.cases)
     return _finish(results, names, len(skipped), not_reached)
 
 
-def _lost() -> bool:
+def _device(quick: bool) -> torch.device | None:
+    """Where to measure; None if nowhere."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu") if quick else None
+
+
+def _lost(device: torch.device) -> bool:
     """Whether the device answers no more in this process; else its cached memory is given back."""
+    if device.type != "cuda":
+        return False
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -49,12 +49,14 @@ class Stopwatch:
         return got, self.clock() - began
 
     def round(self, calls: Mapping[str, Call], backwards: bool) -> dict[str, float]:
-        """Seconds of each call, one after the other."""
+        """Seconds of each call, one after the other, each alone on a device that waits for it: what
+        a call's launches cost shows where they are longer than its work (CUDA graphs hide it)."""
         order = list(calls)[::-1] if backwards else list(calls)
         if not self.cuda:
             return {name: self.wall(calls[name])[1] for name in order}
         events = {}
         for name in order:
+            self.wait()
             self.flush.zero_()
             events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[name][0].record()
@@ -66,6 +68,7 @@ class Stopwatch:
     def peak_mib(self, call: Call) -> float | None:
         """What ``call`` needs above what is held; None on a CPU."""
         if not self.cuda:
+            call()
             return None
         self.wait()
         held = torch.cuda.memory_allocated(self.device)
