@@ -12,7 +12,8 @@ from tiny_onn_kernels.nsa.cases import Case
 pytestmark = pytest.mark.usefixtures("poison")
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-PACKED = Case((5, 1, 17, 3, 30), (2, 0, 17, 3, 11), heads=4, kv_heads=2)
+PACKED = Case((5, 1, 9, 3, 26), (2, 0, 9, 3, 11), heads=4, kv_heads=2)
+FEW = Case((5, 1, 14), (2, 0, 9), heads=4, kv_heads=2, count=3)
 CASES = (
     *(Case((n,), (0,)) for n in (1, 3, 4, 5, 23)),
     Case((23,), (9,)),
@@ -108,7 +109,7 @@ def test_any_group_size_and_head_width(case, agrees):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_near_float64(dtype, agrees, order):
-    agrees(replace(PACKED, width=16, value_width=16), dtype)
+    agrees(replace(FEW, width=16, value_width=16), dtype)
 
 
 def test_blocks_of_several_tiles_of_keys(agrees, order):
@@ -197,7 +198,7 @@ def test_tokens_that_no_whole_block_precedes_get_exactly_zero(kernel, device):
 
 @pytest.mark.parametrize("size", [100.0, 1e4, -1e4])
 def test_extreme_logits_stay_finite_and_constant_values_come_back(size, kernel, device, order):
-    case = Case((40, 2), (0, 2), heads=4, kv_heads=2)
+    case = Case((18, 2), (0, 2), count=3)
     inputs, layout = case.inputs(torch.float32, device), case.layout(device)
     inputs.q.abs_()
     late = layout.end_N >= case.block - 1
@@ -237,11 +238,11 @@ def test_packed_documents_equal_each_alone(kernel, device, order):
 def test_two_backward_runs_are_bit_equal(kernel, device, order, monkeypatch):
     from tiny_onn_kernels.nsa import kernel_selected
 
-    monkeypatch.setattr(kernel_selected, "pairs_of_a_part", lambda *_: 16)
+    monkeypatch.setattr(kernel_selected, "pairs_of_a_part", lambda *_: 8)
     gradients = []
     for _ in range(2):
-        inputs = PACKED.inputs(torch.float32, device).require_grad()
-        out, _ = inputs.run_with(kernel, PACKED.layout(device), PACKED.count)
+        inputs = FEW.inputs(torch.float32, device).require_grad()
+        out, _ = inputs.run_with(kernel, FEW.layout(device), FEW.count)
         out.square().sum().backward()
         gradients.append([out, *(t.grad for t in inputs.tensors())])
     for a, b in zip(*gradients, strict=True):
