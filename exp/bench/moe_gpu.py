@@ -92,7 +92,7 @@ if __name__ == "__main__":
             __doc__,
             make_cases,
             report,
-            minutes=4,
+            minutes=3.5,
             sources=sources,
             add_options=add_options,
         )

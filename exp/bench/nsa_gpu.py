@@ -216,7 +216,7 @@ if __name__ == "__main__":
             __doc__,
             make_cases,
             report,
-            minutes=5.5,
+            minutes=5,
             sources=("kernels/*.py", "kernels/nsa/*.py", "exp/bench/nsa_gpu*.py"),
             add_options=add_options,
         )

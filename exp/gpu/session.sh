@@ -3,6 +3,7 @@
 # (20 minutes here) and scored.
 #
 #   bash exp/gpu/session.sh test      the gpu-marked tests (in a lease of their own: about 2 minutes)
+#   bash exp/gpu/session.sh bench     kernels of NSA and the experts (9 minutes; a rerun goes on)
 #   bash exp/gpu/session.sh start     training in a session of its own (survives the call)
 #   bash exp/gpu/session.sh wait [S]  keeps the machine busy for S seconds, shows progress
 #   bash exp/gpu/session.sh collect   predicts with full voting, scores, copies results to $OUT
@@ -22,6 +23,8 @@ mkdir -p "$OUT" runs
 if ls .whl/*.whl >/dev/null 2>&1 && [ ! -d "$SITE" ]; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" .whl/*.whl
 fi
+mkdir -p "$SITE"
+ln -sfn "$PWD/kernels" "$SITE/tiny_onn_kernels" # the package's name where it is not installed
 export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 train() {
@@ -33,6 +36,14 @@ train() {
 case "${1:-start}" in
   test)
     "$PYTHON" -m pytest -q -m gpu tests 2>&1 | tee "$OUT/gpu_tests.log" | tail -n 30
+    ;;
+  bench)
+    rc=0
+    cp -n .carried/bench_*_gpu.json exp/results/ 2>/dev/null || true # what an earlier lease finished
+    "$PYTHON" exp/bench/nsa_gpu.py ${ARGS:-} || rc=$?
+    "$PYTHON" exp/bench/moe_gpu.py ${ARGS:-} || rc=$?
+    cp exp/results/bench_{nsa,moe}_gpu.json "$OUT/"
+    exit $rc
     ;;
   start)
     train
@@ -55,7 +66,7 @@ case "${1:-start}" in
     mv "$OUT"/submission/{submission,score}.json "$OUT/"
     ;;
   *)
-    echo "error: got '$1', expected test, start, wait or collect"
+    echo "error: got '$1', expected test, bench, start, wait or collect"
     exit 2
     ;;
 esac
