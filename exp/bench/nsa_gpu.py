@@ -1,6 +1,6 @@
 """NSA's Triton kernels on a GPU against dense attention and public NSA kernels, within a budget.
 
-    python exp/bench/nsa_gpu.py [--minutes 5.5] [--only TEXT] [--again] [--list] [--quick]
+    python exp/bench/nsa_gpu.py [--minutes 5] [--only TEXT] [--again] [--list] [--quick]
                                 [--third-party DIR]
 
 complete: forward, backward, both and peak memory of the whole function, one document of 1k to 64k
