@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tiny_onn_kernels.kernel_numbers import sum_dtype
+from tiny_onn_kernels.kernel_operation import operation
 from tiny_onn_kernels.moe.kernel_backward import differentiate_hidden, run_backward
 from tiny_onn_kernels.moe.kernel_forward import run_forward
 from tiny_onn_kernels.moe.kernel_pairs import (
@@ -42,9 +43,8 @@ def saves_inner(x_NC: Tensor, gate_up_EHC: Tensor) -> bool:
     return len(x_NC) * num_experts * twice * x_NC.element_size() <= MOST_SAVED_BYTES
 
 
-@torch.library.custom_op(
+@operation(
     "tiny_onn::moe_pairs",
-    mutates_args=(),
     schema="(Tensor mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def moe_pairs(mask):
@@ -56,9 +56,8 @@ def _(mask):
     return tuple(empty_layout(mask))
 
 
-@torch.library.custom_op(
+@operation(
     "tiny_onn::moe_forward",
-    mutates_args=(),
     schema=f"({TENSORS}, Tensor[] layout, bool save) -> (Tensor, Tensor)",
 )
 def moe_forward(x, weight, gate_up, down, layout, save):
@@ -75,9 +74,8 @@ def _(x, weight, gate_up, down, layout, save):
     return x.new_empty(x.shape), x.new_empty(num_rows, gate_up.shape[1])
 
 
-@torch.library.custom_op(
+@operation(
     "tiny_onn::moe_backward",
-    mutates_args=(),
     schema=f"(Tensor grad, {TENSORS}, Tensor inner, Tensor[] layout)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -110,9 +108,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple:
 moe_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op(
+@operation(
     "tiny_onn::moe_norms",
-    mutates_args=(),
     schema="(Tensor x, Tensor gate_up, Tensor down, Tensor grad, Tensor[] layout) -> Tensor",
 )
 def moe_norms(x, gate_up, down, grad, layout):

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
+from tiny_onn_kernels.kernel_operation import operation
 from tiny_onn_kernels.nsa.kernel_launch import padded, tile_sizes, unit_stride
 from tiny_onn_kernels.nsa.kernel_softmax import (
     add_product,
@@ -36,7 +37,7 @@ ENOUGH_PROGRAMS = 512
 """Programs that fill a large GPU: keys of fewer tiles are split over their queries too."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward(
     Q, K, V, FIRST, STOP, OUT, LSE,
     stride_qn, stride_qh, stride_kx, stride_kh, stride_vx, stride_vh,
@@ -74,7 +75,7 @@ def _forward(
     tl.store(LSE + query_R, lse_R, mask=real_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _backward_queries(
     Q, K, V, FIRST, STOP, OUT, LSE, GRAD, DELTA, GRAD_Q,
     stride_qn, stride_qh, stride_kx, stride_kh, stride_vx, stride_vh, stride_gn, stride_gh,
@@ -115,20 +116,19 @@ def _backward_queries(
     store_rows(GRAD_Q, query_R * D, real_R, grad_q_RD * SCALE, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "splits"])
 def _backward_keys(
     Q, K, V, FIRST, STOP, LSE, GRAD, DELTA, FROM, UNTIL, GRAD_K, GRAD_V,
     stride_qn, stride_qh, stride_kx, stride_kh, stride_vx, stride_vh, stride_gn, stride_gh,
-    num_keys, num_heads,
-    SPLITS: tl.constexpr,
+    num_keys, splits, num_heads,
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values from one of SPLITS parts of the tokens that see it,
-    FROM to UNTIL: (SPLITS, X, K, D) and (SPLITS, X, K, E)."""
-    tile = tl.program_id(0) // SPLITS
-    split = tl.program_id(0) % SPLITS
+    """Gradients of a tile of keys and values from one of ``splits`` parts of the tokens that see
+    it, FROM to UNTIL: (splits, X, K, D) and (splits, X, K, E)."""
+    tile = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     group = tl.program_id(1).to(tl.int64)
     num_groups = tl.num_programs(1)
     key_C = tile * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -138,7 +138,7 @@ def _backward_keys(
     v_CE = load_rows(V, place_C * stride_vx + group * stride_vh, inside_C, E, BLOCK_E, DOT)
     first_row = tl.load(FROM + tile).to(tl.int32) * G
     stop_row = tl.load(UNTIL + tile).to(tl.int32) * G
-    rows = tl.cdiv(tl.cdiv(tl.maximum(stop_row - first_row, 0), BLOCK_R), SPLITS) * BLOCK_R
+    rows = tl.cdiv(tl.cdiv(tl.maximum(stop_row - first_row, 0), BLOCK_R), splits) * BLOCK_R
     first_row += split * rows
     stop_row = tl.minimum(first_row + rows, stop_row)
     grad_k_CD = tl.zeros([BLOCK_C, BLOCK_D], SUM)
@@ -181,7 +181,7 @@ def _shape(q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor, adjoint: bool) -> dict:
     }
 
 
-@torch.library.custom_op("tiny_onn::nsa_band", mutates_args=())
+@operation("tiny_onn::nsa_band")
 def band(
     q_NHD: Tensor, k_XKD: Tensor, v_XKE: Tensor, first_N: Tensor, stop_N: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -210,7 +210,7 @@ def _(q_NHD, k_XKD, v_XKE, first_N, stop_N):
     )
 
 
-@torch.library.custom_op("tiny_onn::nsa_band_backward", mutates_args=())
+@operation("tiny_onn::nsa_band_backward")
 def band_backward(
     grad_NHE: Tensor,
     q_NHD: Tensor,
@@ -249,8 +249,7 @@ def band_backward(
         *(q_NHD, k_XKD, v_XKE, first_N, stop_N, lse_NH, grad_NHE, delta_NH, from_S, until_S),
         *(grad_k_SXKD, grad_v_SXKE),
         *strides,
-        *(num_keys, num_heads),
-        SPLITS=splits,
+        *(num_keys, splits, num_heads),
         **options,
     )
     grads = (grad_k_SXKD, grad_v_SXKE)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
+from tiny_onn_kernels.kernel_operation import operation
 from tiny_onn_kernels.nsa.kernel_launch import padded, same_dtype, unit_stride
 from tiny_onn_kernels.nsa.kernel_softmax import load_rows, store_rows, take_in
 
@@ -29,8 +30,11 @@ PLACES = 64
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of a large GPU."""
 
+MOST_SPLITS = 128
+"""Parts of a row that one program merges."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["num_places", "tiles_of_split", "num_batch"])
 def _attend(
     Q, K, V, INDEX, FIRST, STOP, OUT, LSE,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
@@ -86,7 +90,7 @@ def _attend(
     tl.store(LSE + query_R, peak_R + tl.log2(safe_R), mask=real_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _merge(
     PART_OUT, PART_LSE, OUT, LSE, num_rows, num_splits,
     E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, SUM: tl.constexpr,
@@ -108,7 +112,7 @@ def _merge(
     tl.store(LSE + query, peak + tl.log2(safe))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _share(
     Q, K, STOP, LSE, SHARE,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, room,
@@ -151,7 +155,7 @@ def _shape(q_BHD: Tensor, kv_heads: int) -> dict:
     }
 
 
-@torch.library.custom_op("tiny_onn::nsa_decode", mutates_args=())
+@operation("tiny_onn::nsa_decode")
 def attend(
     q_BHD: Tensor,
     k_BKTD: Tensor,
@@ -171,7 +175,7 @@ def attend(
     (batch, num_heads), kv_heads, value_width = q_BHD.shape[:2], k_BKTD.shape[1], v_BKTE.shape[3]
     options = _shape(q_BHD, kv_heads)
     tiles = triton.cdiv(num_places, PLACES)
-    wanted = min(tiles, max(1, ENOUGH_PROGRAMS // (batch * kv_heads)))
+    wanted = min(tiles, MOST_SPLITS, max(1, ENOUGH_PROGRAMS // (batch * kv_heads)))
     tiles_of_split = triton.cdiv(tiles, wanted)
     splits = triton.cdiv(tiles, tiles_of_split)
     kind = sum_dtype(q_BHD.dtype)
@@ -211,7 +215,7 @@ def _(q_BHD, k_BKTD, v_BKTE, index_BKn, first_B, stop_B, num_places, select_bloc
     )
 
 
-@torch.library.custom_op("tiny_onn::nsa_decode_share", mutates_args=())
+@operation("tiny_onn::nsa_decode_share")
 def share(q_BHD: Tensor, k_BKCD: Tensor, stop_B: Tensor, lse_BH: Tensor) -> Tensor:
     """Weights of the first stop_B keys of each row, summed over its groups: (B, K, C)."""
     q_BHD, k_BKCD = unit_stride(q_BHD), unit_stride(k_BKCD)

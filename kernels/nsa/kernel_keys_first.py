@@ -31,6 +31,12 @@ from tiny_onn_kernels.nsa.kernel_softmax import (
     weights_and_adjoint,
 )
 
+BATCH_SIZES = (
+    "num_tokens", "num_rows", "num_runs", "num_blocks", "num_bounds",
+    "parts", "part", "slice_pair", "slice_pairs", "steps",
+)  # fmt: skip
+"""Numbers that differ from batch to batch: nothing is compiled again for them."""
+
 
 @triton.jit
 def _block_keys(
@@ -54,20 +60,55 @@ def _pair_rows(PAIR, row_R, stop_row, group, pairs_per_token, G: tl.constexpr):
     return pair_R, pair_R // pairs_per_token, group * G + row_R % G, real_R
 
 
-@triton.jit(do_not_specialize=["slice_pair"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def find_slices(
+    PAIR, OFFSET, BOUND, num_runs, num_bounds, slice_pairs, steps, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BOUND (num_bounds, Z): the first of each block's pairs that is of slice s or later, by a
+    binary search of ``steps`` steps among those of the block."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num_runs * num_bounds
+    z = place % num_runs
+    edge = place // num_runs * slice_pairs
+    low = tl.load(OFFSET + z, mask=inside, other=0)
+    high = tl.load(OFFSET + z + 1, mask=inside, other=0)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = low < high
+        before = open_ & (tl.load(PAIR + middle, mask=open_, other=0) < edge)
+        high = tl.where(open_ & (before == 0), middle, high)
+        low = tl.where(before, middle + 1, low)
+    tl.store(BOUND + place, low, mask=inside)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
+def row_products(
+    GRAD, OUT, DELTA, stride_gn, stride_gh, num_rows, num_heads,
+    E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """DELTA (N, H) = sum(output * gradient) of every query."""
+    row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    real_R = row_R < num_rows
+    offset_R = row_R // num_heads * stride_gn + row_R % num_heads * stride_gh
+    grad_RE = load_rows(GRAD, offset_R, real_R, E, BLOCK_E, SUM)
+    out_RE = load_rows(OUT, row_R * E, real_R, E, BLOCK_E, SUM)
+    tl.store(DELTA + row_R, tl.sum(grad_RE * out_RE, 1), mask=real_R)
+
+
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def pairs_forward(
     Q, K, V, PAIR, BOUND, BLOCK_ROW, TIME, END, PART_OUT, PART_LSE,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh,
-    num_tokens, num_runs, num_blocks, pairs_per_token, part, slice_pair,
-    PARTS: tl.constexpr, SELECT_BLOCK: tl.constexpr,
+    num_tokens, num_runs, num_blocks, pairs_per_token, parts, part, slice_pair,
+    SELECT_BLOCK: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALE2: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each pair's output (P, G, E) and log-sum-exp (P, G), over the keys of its block alone.
     slice_pair: the slice's first pair."""
-    z = tl.program_id(0) // PARTS
-    first_pair = tl.load(BOUND + z) + (tl.program_id(0) % PARTS) * part
+    z = tl.program_id(0) // parts
+    first_pair = tl.load(BOUND + z) + (tl.program_id(0) % parts) * part
     stop_pair = tl.minimum(first_pair + part, tl.load(BOUND + num_runs + z))
     if first_pair >= stop_pair:
         return
@@ -96,7 +137,7 @@ def pairs_forward(
         tl.store(PART_LSE + slot_R, lse_R, mask=real_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def merge_pairs(
     INDEX, PART_OUT, PART_LSE, OUT, LSE, num_rows,
     COUNT: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
@@ -127,13 +168,13 @@ def merge_pairs(
     tl.store(LSE + row_R, lse_R, mask=real_R)
 
 
-@triton.jit(do_not_specialize=["slice_pair"])
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def pairs_backward(
     Q, K, V, PAIR, BOUND, SLOT, BLOCK_ROW, TIME, END, LSE, GRAD, DELTA,
     GRAD_K, GRAD_V, SLOT_K, SLOT_V, PART_Q,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_gn, stride_gh,
-    num_tokens, num_heads, num_runs, num_blocks, pairs_per_token, part, slice_pair,
-    PARTS: tl.constexpr, SELECT_BLOCK: tl.constexpr, WITH_QUERIES: tl.constexpr, ADD: tl.constexpr,
+    num_tokens, num_heads, num_runs, num_blocks, pairs_per_token, parts, part, slice_pair,
+    SELECT_BLOCK: tl.constexpr, WITH_QUERIES: tl.constexpr, ADD: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SCALE: tl.constexpr, SCALE2: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
@@ -142,8 +183,8 @@ def pairs_backward(
     (ADD: added to what earlier slices left there) if it is the only part, else to the part's slot
     (L, D) and (L, E). WITH_QUERIES: also what each pair gives the gradient of its query, (P, G, D).
     """
-    z = tl.program_id(0) // PARTS
-    part_number = tl.program_id(0) % PARTS
+    z = tl.program_id(0) // parts
+    part_number = tl.program_id(0) % parts
     begin, end = tl.load(BOUND + z), tl.load(BOUND + num_runs + z)
     first_pair = begin + part_number * part
     if ((part_number > 0) | ADD) & (first_pair >= end):
@@ -192,7 +233,7 @@ def pairs_backward(
         store_rows(SLOT_V, out_C * E, own_C, grad_v_CE, E, BLOCK_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def add_parts(
     BOUND, SLOT, BLOCK_ROW, TIME, GRAD_K, GRAD_V, SLOT_K, SLOT_V,
     num_tokens, num_runs, num_blocks, num_groups, part,
@@ -224,7 +265,7 @@ def add_parts(
     store_rows(GRAD_V, out_C * E, own_C, grad_v_CE, E, BLOCK_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def add_pairs(
     INDEX, PART_Q, GRAD_Q, num_rows,
     COUNT: tl.constexpr, G: tl.constexpr, D: tl.constexpr,

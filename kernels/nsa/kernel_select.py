@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiny_onn_kernels.kernel_numbers import number_types
+from tiny_onn_kernels.kernel_operation import operation
 from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, padded, unit_stride
 from tiny_onn_kernels.nsa.kernel_rank import keep_best, store_best
 from tiny_onn_kernels.nsa.kernel_softmax import load_rows
@@ -76,7 +77,7 @@ def _group_share(
     return tl.sum(tl.reshape(share_MC, (BLOCK_B, GROUP, BLOCK_C)), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _choose(
     Q, K, LSE, TILE_FIRST, TIME, END, FIRST, STOP, INDEX,
     stride_qn, stride_qh, stride_kx, stride_kh, num_tokens, num_heads,
@@ -120,7 +121,7 @@ def _choose(
     store_best(INDEX, row_B, real_B, best_BN, COUNT, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _choose_in_step(
     SHARE, TIME, INDEX, stride_sb, stride_sk, room,
     COUNT: tl.constexpr, BLOCK_N: tl.constexpr, NUM_LOCAL: tl.constexpr,
@@ -150,7 +151,7 @@ def _choose_in_step(
     store_best(INDEX, row_B, row_B >= 0, best_BN, COUNT, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "room"])
 def _share(
     Q, K, LSE, TILE_FIRST, TIME, FIRST, STOP, SHARE,
     stride_qn, stride_qh, stride_kx, stride_kh, num_tokens, num_heads, room,
@@ -217,7 +218,7 @@ def _shape(q_NHD: Tensor, kv_heads: int, tile: int) -> dict:
     }
 
 
-@torch.library.custom_op("tiny_onn::nsa_choose", mutates_args=())
+@operation("tiny_onn::nsa_choose")
 def choose(
     q_NHD: Tensor,
     k_XKD: Tensor,
@@ -260,7 +261,7 @@ def _(
     return q_NHD.new_empty(q_NHD.shape[0], k_XKD.shape[1], count, dtype=torch.int64)
 
 
-@torch.library.custom_op("tiny_onn::nsa_share", mutates_args=())
+@operation("tiny_onn::nsa_share")
 def share(
     q_NHD: Tensor,
     k_XKD: Tensor,
@@ -291,7 +292,7 @@ def _(q_NHD, k_XKD, lse_NH, tile_first_S, time_N, first_N, stop_N, tile, room):
     return lse_NH.new_empty(q_NHD.shape[0], k_XKD.shape[1], room)
 
 
-@torch.library.custom_op("tiny_onn::nsa_choose_in_step", mutates_args=())
+@operation("tiny_onn::nsa_choose_in_step")
 def choose_from_share(
     share_BKC: Tensor, time_B: Tensor, block: int, stride: int, select_block: int, count: int
 ) -> Tensor:

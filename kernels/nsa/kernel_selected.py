@@ -18,12 +18,14 @@ import triton
 from torch import Tensor
 
 from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
+from tiny_onn_kernels.kernel_operation import operation
 from tiny_onn_kernels.nsa.kernel_keys_first import (
     add_pairs,
     add_parts,
     merge_pairs,
     pairs_backward,
     pairs_forward,
+    row_products,
 )
 from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, padded, tile_sizes, unit_stride
 from tiny_onn_kernels.nsa.kernel_queries_first import selected_backward_queries, selected_forward
@@ -86,7 +88,7 @@ def _merge_rows(options: dict) -> dict:
     return {"G": options["G"], "BLOCK_R": 32, "SUM": options["SUM"]}
 
 
-@torch.library.custom_op("tiny_onn::nsa_selected", mutates_args=())
+@operation("tiny_onn::nsa_selected")
 def selected(
     q_NHD: Tensor,
     k_NKD: Tensor,
@@ -146,8 +148,8 @@ def _forward_by_key(q_NHD, k_NKD, v_NKE, index_NKn, inverse, blocks, outputs, op
             *(q_NHD, k_NKD, v_NKE, pair_P, piece.bound_2Z, block_row_J, time_N, end_N),
             *(part_out_PGE, part_lse_PG),
             *strides,
-            *(num_tokens, num_runs, len(block_row_J), kv_heads * count, part, piece.first_pair),
-            PARTS=parts,
+            *(num_tokens, num_runs, len(block_row_J), kv_heads * count, parts, part),
+            piece.first_pair,
             **_by_key(options, q_NHD.dtype, tile, whole=True, adjoint=False),
         )
         index_SKn, out_SHE, lse_SH = (t[piece.tokens] for t in (index_NKn, *outputs))
@@ -172,7 +174,7 @@ def _(
     )
 
 
-@torch.library.custom_op("tiny_onn::nsa_selected_backward", mutates_args=())
+@operation("tiny_onn::nsa_selected_backward")
 def selected_backward(
     grad_NHE: Tensor,
     q_NHD: Tensor,
@@ -197,11 +199,17 @@ def selected_backward(
     grads = tuple(t.new_empty(t.shape) for t in (q_NHD, k_NKD, v_NKE))
     options = _shape(q_NHD, k_NKD, v_NKE, select_block)
     strides = [s for t in (q_NHD, k_NKD, v_NKE, grad_NHE) for s in t.stride()[:2]]
-    whole = goes_keys_first(q_NHD, k_NKD, v_NKE, select_block)
+    whole, delta_NH = goes_keys_first(q_NHD, k_NKD, v_NKE, select_block), torch.empty_like(lse_NH)
     if whole:
-        delta_NH = (grad_NHE.to(lse_NH.dtype) * out_NHE.to(lse_NH.dtype)).sum(dim=-1)
+        rows = _merge_rows(options)
+        row_products[(triton.cdiv(lse_NH.numel(), rows["BLOCK_R"]),)](
+            *(grad_NHE, out_NHE, delta_NH, *grad_NHE.stride()[:2], lse_NH.numel(), num_heads),
+            E=options["E"],
+            BLOCK_E=options["BLOCK_E"],
+            BLOCK_R=rows["BLOCK_R"],
+            SUM=options["SUM"],
+        )
     else:
-        delta_NH = torch.empty_like(lse_NH)
         selected_backward_queries[(num_tokens, kv_heads)](
             *(q_NHD, k_NKD, v_NKE, index_NKn, time_N, end_N, out_NHE, lse_NH, grad_NHE),
             *(delta_NH, grads[0]),
@@ -247,8 +255,8 @@ def _backward_by_key(
             *(q_NHD, k_NKD, v_NKE, pair_P, piece.bound_2Z, slot_Z, block_row_J, time_N, end_N),
             *(lse_NH, grad_NHE, delta_NH, *sums, *slots, part_q_PGD),
             *strides,
-            *(num_tokens, q_NHD.shape[1], *sizes, kv_heads * count, part, piece.first_pair),
-            PARTS=parts,
+            *(num_tokens, q_NHD.shape[1], *sizes, kv_heads * count, parts, part),
+            piece.first_pair,
             **adds,
             **options,
         )

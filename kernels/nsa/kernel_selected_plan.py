@@ -9,14 +9,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from tiny_onn_kernels.kernel_numbers import sum_dtype
+from tiny_onn_kernels.nsa.kernel_keys_first import find_slices
 from tiny_onn_kernels.nsa.kernel_launch import padded
 
 KEYS_FIRST_SHARE = 0.75
 """Of what queries first reads of keys, the most that keys first may move of queries and parts: it
 comes from memory, the keys mostly from L2 (by the roofline in README.md; bench-gpu measures it)."""
+
+MOST_KEYS = 64
+"""Of a block, likewise: the product of a tile of queries with all of them stays in registers."""
 
 MOST_PART_BYTES = 2**30
 """Of the parts that pairs leave to be merged; a longer batch goes slice by slice."""
@@ -33,7 +38,8 @@ def goes_keys_first(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, select_block: i
     """
     width, value_width = q_NHD.shape[2], v_NKE.shape[2]
     row_bytes = (padded(width) + padded(value_width)) * q_NHD.dtype.itemsize
-    fits = padded(select_block) * row_bytes <= MOST_KEY_BYTES
+    keys = padded(select_block)
+    fits = keys <= MOST_KEYS and keys * row_bytes <= MOST_KEY_BYTES
     moved = q_NHD.shape[1] // k_NKD.shape[1] * (width + 2 * value_width)
     return fits and moved <= KEYS_FIRST_SHARE * select_block * (width + value_width)
 
@@ -50,17 +56,18 @@ def bounds_of_slices(
 ) -> Tensor:
     """int64 (slices + 1, Z): row s and s + 1 are where each block's pairs of slice s begin and end.
 
-    pair_P, offset_Z1: the inverse index; within a block its pairs ascend, so that (block, pair)
-    does over all of them.
+    pair_P, offset_Z1: the inverse index; a block's pairs ascend.
     """
     if num_slices == 1:
         return torch.stack([offset_Z1[:-1], offset_Z1[1:]])
-    place_P = torch.arange(len(pair_P), device=pair_P.device)
-    block_P = torch.searchsorted(offset_Z1[1:], place_P, right=True)
-    slice_S1 = torch.arange(num_slices + 1, device=pair_P.device)[:, None] * slice_pairs
-    first_Z = torch.arange(len(offset_Z1) - 1, device=pair_P.device) * len(pair_P)
-    edge_SZ = first_Z + slice_S1.clamp(max=len(pair_P))
-    return torch.searchsorted(block_P * len(pair_P) + pair_P, edge_SZ)
+    num_runs = len(offset_Z1) - 1
+    bound_SZ = offset_Z1.new_empty(num_slices + 1, num_runs)
+    find_slices[(triton.cdiv(bound_SZ.numel(), SEARCHES),)](
+        *(pair_P, offset_Z1, bound_SZ, num_runs, num_slices + 1, slice_pairs),
+        len(pair_P).bit_length(),
+        BLOCK=SEARCHES,
+    )
+    return bound_SZ
 
 
 def pairs_of_a_part(num_tokens: int, count: int, select_block: int) -> int:
@@ -68,6 +75,10 @@ def pairs_of_a_part(num_tokens: int, count: int, select_block: int) -> int:
     block of a document keeps nobody waiting; more for long batches, so that slots of parts stay
     within some times the gradients themselves."""
     return max(64, count * select_block) * max(1, num_tokens // 16384)
+
+
+SEARCHES = 256
+"""Bounds that one program looks for."""
 
 
 class Slice(NamedTuple):
