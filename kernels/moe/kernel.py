@@ -31,7 +31,7 @@ from tiny_onn_kernels.moe.kernel_pairs import (
 )
 from tiny_onn_kernels.moe.reference import PairNorms
 
-MOST_SAVED_BYTES = 2**28
+MOST_SAVED_BYTES = 2**29
 """A larger buffer of what precedes the activations is not kept for the backward pass, which then
 computes it once more: 2 of 9 parts of the arithmetic instead of memory for N * E rows."""
 

@@ -18,7 +18,7 @@ from tiny_onn_kernels.moe.kernel_pairs import lay_out_pairs, sum_by_token
 
 class Workload(NamedTuple):
     """tokens: of a training batch on one device; saved: whether the forward pass keeps what
-    precedes the activations."""
+    precedes the activations; precision: of float32 products."""
 
     name: str
     tokens: int
@@ -27,6 +27,7 @@ class Workload(NamedTuple):
     experts: int
     dtype: torch.dtype
     saved: bool = True
+    precision: str = "highest"
 
 
 WORKLOADS = (
@@ -34,6 +35,7 @@ WORKLOADS = (
     Workload("nano, decoding", 16, 160, 112, 8, torch.bfloat16),
     Workload("small", 8192, 256, 384, 8, torch.bfloat16),
     Workload("small, float32", 8192, 256, 384, 8, torch.float32),
+    Workload("small, tf32", 8192, 256, 384, 8, torch.float32, precision="high"),
     Workload("base", 24576, 768, 1536, 8, torch.bfloat16, saved=False),
     Workload("base, short batch", 2048, 768, 1536, 8, torch.bfloat16),
     Workload("64 experts", 8192, 512, 128, 64, torch.bfloat16),
@@ -58,6 +60,16 @@ def train(work: Workload) -> None:
     differentiate_hidden(x_NC, *tensors, inner_PH[:0], layout, norms=True)
 
 
+def run(work: Workload) -> None:
+    """:func:`train` at the workload's precision."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(work.precision)
+    try:
+        train(work)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     for work in WORKLOADS:
-        yield f"moe: {work.name}", partial(train, work)
+        yield f"moe: {work.name}", partial(run, work)

@@ -21,11 +21,8 @@ from torch import Tensor
 
 from tiny_onn_kernels.kernel_numbers import number_types, sum_dtype
 from tiny_onn_kernels.kernel_operation import operation
-from tiny_onn_kernels.nsa.kernel_launch import padded, same_dtype, unit_stride
+from tiny_onn_kernels.nsa.kernel_launch import keys_beside_few_rows, padded, same_dtype, unit_stride
 from tiny_onn_kernels.nsa.kernel_softmax import load_rows, store_rows, take_in
-
-PLACES = 64
-"""Places of a tile."""
 
 ENOUGH_PROGRAMS = 264
 """Two for each multiprocessor of a large GPU."""
@@ -138,7 +135,7 @@ def _share(
     tl.store(SHARE + row + time_C, share_C, mask=time_C < room)
 
 
-def _shape(q_BHD: Tensor, kv_heads: int) -> dict:
+def _shape(q_BHD: Tensor, kv_heads: int, value_width: int) -> dict:
     """What the attending kernels are told."""
     groups, width = q_BHD.shape[1] // kv_heads, q_BHD.shape[2]
     return {
@@ -147,7 +144,7 @@ def _shape(q_BHD: Tensor, kv_heads: int) -> dict:
         "D": width,
         "SCALE2": width**-0.5 / math.log(2),
         "BLOCK_R": padded(groups),
-        "BLOCK_C": PLACES,
+        "BLOCK_C": keys_beside_few_rows(width, value_width, q_BHD.dtype),
         "BLOCK_D": padded(width),
         "num_warps": 4,
         "num_stages": 2,
@@ -173,8 +170,8 @@ def attend(
     """
     q_BHD, k_BKTD, v_BKTE = (unit_stride(t) for t in (q_BHD, k_BKTD, v_BKTE))
     (batch, num_heads), kv_heads, value_width = q_BHD.shape[:2], k_BKTD.shape[1], v_BKTE.shape[3]
-    options = _shape(q_BHD, kv_heads)
-    tiles = triton.cdiv(num_places, PLACES)
+    options = _shape(q_BHD, kv_heads, value_width)
+    tiles = triton.cdiv(num_places, options["BLOCK_C"])
     wanted = min(tiles, MOST_SPLITS, max(1, ENOUGH_PROGRAMS // (batch * kv_heads)))
     tiles_of_split = triton.cdiv(tiles, wanted)
     splits = triton.cdiv(tiles, tiles_of_split)
@@ -220,10 +217,10 @@ def share(q_BHD: Tensor, k_BKCD: Tensor, stop_B: Tensor, lse_BH: Tensor) -> Tens
     """Weights of the first stop_B keys of each row, summed over its groups: (B, K, C)."""
     q_BHD, k_BKCD = unit_stride(q_BHD), unit_stride(k_BKCD)
     batch, (kv_heads, room) = len(q_BHD), k_BKCD.shape[1:3]
-    options = _shape(q_BHD, kv_heads)
+    options = _shape(q_BHD, kv_heads, q_BHD.shape[2])
     options.pop("SUM")
     share_BKC = lse_BH.new_empty(batch, kv_heads, room)
-    _share[(triton.cdiv(room, PLACES), batch * kv_heads)](
+    _share[(triton.cdiv(room, options["BLOCK_C"]), batch * kv_heads)](
         *(q_BHD, k_BKCD, stop_B, lse_BH, share_BKC),
         *(*q_BHD.stride()[:2], *k_BKCD.stride()[:3], room),
         **options,

@@ -32,6 +32,12 @@ def same_dtype(*tensors: Tensor) -> None:
         )
 
 
+def keys_beside_few_rows(width: int, value_width: int, dtype: torch.dtype) -> int:
+    """Keys of a tile whose query rows are the heads of one group: at most 32 KiB of them."""
+    row_bytes = (padded(width) + padded(value_width)) * dtype.itemsize
+    return min(64, max(NARROW_DOT, 2**15 // row_bytes))
+
+
 def tile_sizes(
     width: int, value_width: int, dtype: torch.dtype, adjoint: bool = False
 ) -> dict[str, int]:
@@ -44,7 +50,8 @@ def tile_sizes(
     """
     row_bytes = (padded(width) + padded(value_width)) * dtype.itemsize
     if dtype.itemsize > 2:
-        rows, keys = (64, 32) if row_bytes <= 512 else (32, 16)
+        rows = 64 if row_bytes <= (256 if adjoint else 512) else 32
+        keys = 32 if row_bytes <= 512 else 16
         return {"BLOCK_R": rows, "BLOCK_C": keys, "num_warps": 8, "num_stages": 2}
     if row_bytes <= 256 and not adjoint:
         return {"BLOCK_R": 128, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}

@@ -28,7 +28,7 @@ from tiny_onn_kernels.nsa.kernel_softmax import load_rows
 from tiny_onn_kernels.nsa.select import NUM_LOCAL, overlap_taps
 
 ROWS = 64
-"""Query rows of a program."""
+"""Query rows of a program, and most blocks of a tile."""
 
 
 @triton.jit
@@ -182,8 +182,11 @@ def _share(
         tl.store(SHARE + row_B[:, None] + number_C[None, :], share_BC, mask=mask_BC)
 
 
-def _ranking(block: int, stride: int, select_block: int, most_blocks: int, count: int) -> dict:
-    """What kernels that choose are told of blocks: most_blocks, selectable ones of any row."""
+def _ranking(
+    block: int, stride: int, select_block: int, most_blocks: int, count: int, most: int = ROWS
+) -> dict:
+    """What kernels that choose are told of blocks: most_blocks, selectable ones of any row; most:
+    of a tile."""
     tap, weights = overlap_taps(block, stride, select_block)
     kept = triton.next_power_of_2(count)
     return {
@@ -195,15 +198,26 @@ def _ranking(block: int, stride: int, select_block: int, most_blocks: int, count
         "TAP": tap,
         "TAPS": len(weights),
         "PLATEAU": max(weights),
-        "BLOCK_J": max(NARROW_DOT, kept, min(ROWS, triton.next_power_of_2(most_blocks))),
+        "BLOCK_J": max(NARROW_DOT, kept, min(most, triton.next_power_of_2(most_blocks))),
     }
+
+
+def _rows(dtype: torch.dtype) -> int:
+    """Query rows of a program: float32 that is multiplied exactly uses no matrix unit and most
+    registers."""
+    return ROWS if dtype.itemsize == 2 else ROWS // 2
+
+
+def _most_blocks(dtype: torch.dtype) -> int:
+    """Of a tile."""
+    return ROWS if dtype.itemsize == 2 else NARROW_DOT
 
 
 def _shape(q_NHD: Tensor, kv_heads: int, tile: int) -> dict:
     """What kernels that recompute p_cmp are told."""
     width, groups = q_NHD.shape[2], q_NHD.shape[1] // kv_heads
     group = triton.next_power_of_2(groups)
-    tokens = max(1, ROWS // group)
+    tokens = max(1, _rows(q_NHD.dtype) // group)
     return {
         "SUBTILES": triton.cdiv(tile, tokens),
         "G": groups,
@@ -212,7 +226,7 @@ def _shape(q_NHD: Tensor, kv_heads: int, tile: int) -> dict:
         "SCALE2": width**-0.5 / math.log(2),
         "BLOCK_B": tokens,
         "BLOCK_D": padded(width),
-        "num_warps": 4,
+        "num_warps": 4 if q_NHD.dtype.itemsize == 2 else 8,
         "num_stages": 2,
         **number_types(q_NHD.dtype),
     }
@@ -247,7 +261,9 @@ def choose(
     _choose[(len(tile_first_S) * options["SUBTILES"], kv_heads)](
         *(q_NHD, k_XKD, lse_NH, tile_first_S, time_N, end_N, first_N, stop_N, index_NKn),
         *(*q_NHD.stride()[:2], *k_XKD.stride()[:2], num_tokens, num_heads),
-        **_ranking(block, stride, select_block, most_select_blocks, count),
+        **_ranking(
+            block, stride, select_block, most_select_blocks, count, _most_blocks(q_NHD.dtype)
+        ),
         **options,
     )
     return index_NKn
@@ -281,7 +297,7 @@ def share(
     _share[(len(tile_first_S) * options["SUBTILES"], kv_heads)](
         *(q_NHD, k_XKD, lse_NH, tile_first_S, time_N, first_N, stop_N, share_NKC),
         *(*q_NHD.stride()[:2], *k_XKD.stride()[:2], num_tokens, num_heads, room),
-        BLOCK_C=ROWS,
+        BLOCK_C=_rows(q_NHD.dtype),
         **options,
     )
     return share_NKC

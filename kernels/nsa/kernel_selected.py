@@ -27,7 +27,13 @@ from tiny_onn_kernels.nsa.kernel_keys_first import (
     pairs_forward,
     row_products,
 )
-from tiny_onn_kernels.nsa.kernel_launch import NARROW_DOT, padded, tile_sizes, unit_stride
+from tiny_onn_kernels.nsa.kernel_launch import (
+    NARROW_DOT,
+    keys_beside_few_rows,
+    padded,
+    tile_sizes,
+    unit_stride,
+)
 from tiny_onn_kernels.nsa.kernel_queries_first import selected_backward_queries, selected_forward
 from tiny_onn_kernels.nsa.kernel_selected_plan import (
     cut_into_slices,
@@ -37,9 +43,6 @@ from tiny_onn_kernels.nsa.kernel_selected_plan import (
     slots_of_parts,
     tokens_of_a_slice,
 )
-
-KEYS = 64
-"""Keys of a tile, unless a program must hold the whole block."""
 
 
 def _shape(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, select_block: int) -> dict:
@@ -62,7 +65,8 @@ def _by_query(options: dict, count: int, dtype: torch.dtype) -> dict:
     and a tile of keys (make kernels-compile), so that many programs wait for keys at once."""
     rows, width = padded(options["G"]), options["BLOCK_D"] + options["BLOCK_E"]
     light = rows == NARROW_DOT and width * dtype.itemsize <= 512
-    keys = KEYS if not light or width * dtype.itemsize <= 256 else KEYS // 2
+    keys = keys_beside_few_rows(options["D"], options["E"], dtype)
+    keys = keys // 2 if light and width * dtype.itemsize > 256 else keys
     keys = min(keys, padded(options["SELECT_BLOCK"]))
     return options | {
         "COUNT": count,

@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 
 from tiny_onn_kernels.nsa import kernel as nsa
+from tiny_onn_kernels.nsa import kernel_selected_plan
 
 TOKENS = 640
-"""Of one document: long enough that its first block is cut into parts."""
+"""Of one document: long enough that its first block is cut into parts, and for several slices."""
 
 
 class Workload(NamedTuple):
-    """sizes: l, d, l', n, w, as the paper calls them."""
+    """sizes: l, d, l', n, w, as the paper calls them; precision: of float32 products; sliced: as a
+    batch that is too long to leave its parts in memory at once."""
 
     name: str
     heads: int
@@ -27,6 +29,8 @@ class Workload(NamedTuple):
     width: int
     dtype: torch.dtype
     sizes: tuple[int, int, int, int, int]
+    precision: str = "highest"
+    sliced: bool = False
 
 
 SHORT, LONG = (32, 16, 32, 8, 128), (32, 16, 64, 16, 512)
@@ -34,10 +38,14 @@ SHORT, LONG = (32, 16, 32, 8, 128), (32, 16, 64, 16, 512)
 WORKLOADS = (
     Workload("nano", 5, 5, 32, torch.bfloat16, SHORT),
     Workload("nano, float32", 5, 5, 32, torch.float32, SHORT),
+    Workload("base, float32", 12, 12, 64, torch.float32, LONG),
+    Workload("base, tf32", 12, 12, 64, torch.float32, LONG, "high"),
     Workload("base", 12, 12, 64, torch.bfloat16, SHORT),
     Workload("base, sparse_long", 12, 12, 64, torch.bfloat16, LONG),
     Workload("ARC 16/2", 16, 2, 64, torch.bfloat16, SHORT),
     Workload("paper 64/4", 64, 4, 128, torch.bfloat16, LONG),
+    Workload("paper 64/4, sliced", 64, 4, 128, torch.bfloat16, LONG, sliced=True),
+    Workload("paper 64/4, float32", 64, 4, 128, torch.float32, LONG),
     Workload("one group 64/1", 64, 1, 128, torch.bfloat16, LONG),
     Workload("widest head, float16", 8, 1, 256, torch.float16, LONG),
 )
@@ -77,6 +85,18 @@ def train_and_decode(work: Workload) -> None:
         nsa.decode_window(q_NHD[:2], *caches, time_B, window)
 
 
+def run(work: Workload) -> None:
+    """:func:`train_and_decode` under the settings of the workload."""
+    precision, most = torch.get_float32_matmul_precision(), kernel_selected_plan.MOST_PART_BYTES
+    torch.set_float32_matmul_precision(work.precision)
+    kernel_selected_plan.MOST_PART_BYTES = 1 if work.sliced else most
+    try:
+        train_and_decode(work)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        kernel_selected_plan.MOST_PART_BYTES = most
+
+
 def workloads() -> Iterator[tuple[str, Callable[[], None]]]:
     for work in WORKLOADS:
-        yield f"nsa: {work.name}", partial(train_and_decode, work)
+        yield f"nsa: {work.name}", partial(run, work)
