@@ -49,7 +49,9 @@ def test_auto_takes_torchs_operations_where_ours_cannot_run(machine, op, otherwi
     assert f"ops: {op}=" in caplog.text and "(auto, cpu" in caplog.text
     assert resolve(op, "auto", "cuda", torch.float64) == otherwise
     machine(triton=True, capability=(7, 5))
-    assert resolve(op, "auto", "cuda", torch.float32) == otherwise
+    with caplog.at_level(logging.INFO, "tiny_onn"):
+        assert resolve(op, "auto", "cuda", torch.float32) == otherwise
+    assert "our kernels need compute capability 8.0" in caplog.text
     machine(triton=False, capability=(9, 0))
     assert resolve(op, "auto", "cuda", torch.float32) == otherwise
 

@@ -97,7 +97,7 @@ def triton_needs(device: torch.device, dtype: torch.dtype) -> str | None:
     """
     if importlib.util.find_spec("triton") is None:
         return "the package triton, which is not installed; pip install 'triton>=3.6'"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
         return None
     if dtype.itemsize > 4:
         return f"float32 or less, got {dtype}; set precision to bf16 or fp32"
@@ -109,6 +109,11 @@ def triton_needs(device: torch.device, dtype: torch.dtype) -> str | None:
         wanted, got = (".".join(map(str, pair)) for pair in (OLDEST_CUDA, capability))
         return f"compute capability {wanted} (Ampere) or newer, got {got}; use another device"
     return None
+
+
+def _why(lack: str | None) -> str:
+    """What the log says where ``auto`` passes our kernels over on a GPU."""
+    return "" if lack is None else f"; our kernels need {lack}"
 
 
 def resolve_experts(
@@ -131,9 +136,10 @@ def resolve_experts(
         # On CUDA torch's product is a kernel in bfloat16 only.
         fast = device.type != "cuda" or dtype == torch.bfloat16
         chosen = "grouped_mm" if needs is None and fast else "loop"
-        if device.type == "cuda" and triton_needs(device, dtype) is None:
+        lack = triton_needs(device, dtype) if device.type == "cuda" else None
+        if device.type == "cuda" and lack is None:
             chosen = "triton"
-        log.info("ops: experts=%s (auto, %s, %s)", chosen, device.type, dtype)
+        log.info("ops: experts=%s (auto, %s, %s%s)", chosen, device.type, dtype, _why(lack))
         return chosen
     if backend not in EXPERT_BACKENDS:
         raise BackendUnavailable(
@@ -165,9 +171,9 @@ def resolve_nsa(backend: str, device: torch.device | str, dtype: torch.dtype) ->
     """
     device = torch.device(device)
     if backend == "auto":
-        fast = device.type == "cuda" and triton_needs(device, dtype) is None
-        chosen = "triton" if fast else "reference"
-        log.info("ops: nsa=%s (auto, %s, %s)", chosen, device.type, dtype)
+        lack = triton_needs(device, dtype) if device.type == "cuda" else None
+        chosen = "triton" if device.type == "cuda" and lack is None else "reference"
+        log.info("ops: nsa=%s (auto, %s, %s%s)", chosen, device.type, dtype, _why(lack))
         return chosen
     if backend not in NSA_BACKENDS:
         raise BackendUnavailable(

@@ -126,6 +126,28 @@ def _(x, gate_up, down, grad, layout):
     return x.new_empty((3, x.shape[0], gate_up.shape[0]), dtype=sum_dtype(x.dtype))
 
 
+def _require_agreement(
+    mask_NE: Tensor, x_NC: Tensor, weight_NE: Tensor, gate_up_EHC: Tensor, down_ECF: Tensor
+) -> None:
+    """Raises ValueError unless dtypes and sizes fit each other: kernels read by these sizes."""
+    dtypes = sorted({str(t.dtype) for t in (x_NC, weight_NE, gate_up_EHC, down_ECF)})
+    if len(dtypes) > 1 or mask_NE.dtype != torch.bool:
+        raise ValueError(
+            f"got {', '.join(dtypes)} and a mask of {mask_NE.dtype}; expected tokens, weights and "
+            "both matrices of one dtype and a boolean mask; cast them"
+        )
+    (num_tokens, width), (num_experts, _, hidden) = x_NC.shape, down_ECF.shape
+    wanted = {
+        "mask": (mask_NE.shape, (num_tokens, num_experts)),
+        "weight": (weight_NE.shape, (num_tokens, num_experts)),
+        "gate_up": (gate_up_EHC.shape, (num_experts, 2 * hidden, width)),
+        "down": (down_ECF.shape, (num_experts, width, hidden)),
+    }
+    for name, (got, expected) in wanted.items():
+        if got != expected:
+            raise ValueError(f"got {name} of {tuple(got)}, expected {expected}")
+
+
 def expert_ffn(
     x_NC: Tensor,
     mask_NE: Tensor,
@@ -138,9 +160,11 @@ def expert_ffn(
     As :func:`tiny_onn_kernels.moe.reference.expert_ffn`, on a CUDA device (or, in float32, float16
     and float64, on a CPU where TRITON_INTERPRET=1 was set before this module was imported).
     """
+    tensors = (x_NC, weight_NE, gate_up_EHC, down_ECF)
+    _require_agreement(mask_NE, *tensors)
     layout = list(moe_pairs(mask_NE))
-    save = torch.is_grad_enabled() and saves_inner(x_NC, gate_up_EHC)
-    return moe_forward(x_NC, weight_NE, gate_up_EHC, down_ECF, layout, save)[0]
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return moe_forward(*tensors, layout, wants_grad and saves_inner(x_NC, gate_up_EHC))[0]
 
 
 @torch.no_grad()
@@ -152,6 +176,7 @@ def expert_pair_norms(
     grad_NC: Tensor,
 ) -> PairNorms:
     """As :func:`tiny_onn_kernels.moe.reference.expert_pair_norms`."""
+    _require_agreement(mask_NE, x_NC, mask_NE.to(x_NC.dtype), gate_up_EHC, down_ECF)
     layout = list(moe_pairs(mask_NE))
     _, hidden_NE, inner_NE = moe_norms(x_NC, gate_up_EHC, down_ECF, grad_NC, layout).unbind(0)
     wide = sum_dtype(grad_NC.dtype)

@@ -84,6 +84,8 @@ def _by_key(options: dict, dtype: torch.dtype, rows: int, whole: bool, adjoint: 
     keys = padded(options["SELECT_BLOCK"])
     sizes["BLOCK_C"] = keys if whole else min(keys, sizes["BLOCK_C"])
     sizes["BLOCK_R"] = min(padded(rows), sizes["BLOCK_R"])
+    if dtype.itemsize > 2:  # no matrix unit: as many scores as tile_sizes has for them
+        sizes["BLOCK_R"] = min(sizes["BLOCK_R"], max(NARROW_DOT, 2048 // keys))
     return options | sizes
 
 

@@ -84,7 +84,7 @@ class Blocks:
     @cached_property
     def first_row_M(self) -> Tensor:
         """int64 (M,) row of every run's first token, side by side."""
-        return self.row_ML[:, 0].contiguous()
+        return self.row_ML[:, 0].clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -123,22 +123,25 @@ class NsaLayout:
     window: int
     tile: int
 
-    @property
+    @cached_property
     def longest(self) -> int:
+        """Tokens of the longest document."""
         return max(self.lengths)
 
-    @property
+    @cached_property
     def most_select_blocks(self) -> int:
         """Selectable blocks of the longest document."""
         return -(-self.longest // self.select_block)
 
     def compute_for_kernels(self) -> None:
         """What the Triton kernels read of a layout, now: torch.compile cannot trace the lock that
-        cached_property takes before Python 3.12, but finds what is computed as plain attributes."""
+        cached_property takes before Python 3.12, but finds what is computed as plain attributes
+        (and guards on the numbers that it reads, but not on all lengths)."""
         for cover in (self.chunks, self.selectable, self.tiles):
             assert cover.blocks.first_row_M is not None
         assert self.compressed_rows_ML is not None
         assert self.compressed_range and self.window_range
+        assert self.longest and self.most_select_blocks
 
     def _blocks(self, counts: list[int], size: int, stride: int) -> Blocks:
         device, total = self.start_B.device, sum(counts)

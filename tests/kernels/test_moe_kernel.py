@@ -23,6 +23,8 @@ from tiny_onn_kernels.moe.naive import naive_expert_ffn
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 ALL_CASES = CASES + ODD_CASES
+WIDE = Case(130, 64, 128, 128, "random")
+"""Several tiles of all sizes that a GPU is given."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +47,12 @@ def assert_near(got, want, most):
         assert (a - b).norm() <= most * b.norm(), (float((a - b).norm()), float(b.norm()))
 
 
-def rounded_to(dtype):
+def rounded_to(dtype, definition=naive_expert_ffn):
     """The definition in float64, of inputs that ``dtype`` can hold."""
 
     def run(x_NC, mask_NE, *floats):
         x_NC, *floats = (t + (t.detach().to(dtype).double() - t.detach()) for t in (x_NC, *floats))
-        return naive_expert_ffn(x_NC, mask_NE, *floats)
+        return definition(x_NC, mask_NE, *floats)
 
     return run
 
@@ -79,6 +81,16 @@ def test_values_and_gradients_equal_the_definition_in_bfloat16(case):
 def test_values_and_gradients_equal_the_definition_in_float64(case):
     got = run_case(expert_ffn, case, torch.float64, DEVICE)
     assert_near(got, run_case(naive_expert_ffn, case, torch.float64), 1e-13)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [130, 5000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_and_gradients_of_wide_layers(tokens, dtype):
+    case = WIDE._replace(tokens=tokens)
+    got = run_case(expert_ffn, case, dtype, DEVICE)
+    want = run_case(rounded_to(dtype, reference.expert_ffn), case, torch.float64, DEVICE)
+    assert_near(got, want, 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_numeric_gradients():
@@ -286,3 +298,21 @@ def test_places_beyond_two_to_the_31():
         exact = (t if t.dtype == torch.bool else t.double() for t in tensors)
         want = reference.expert_ffn(*exact)
     assert_near([got], [want], 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "said"),
+    [
+        (0, lambda t: t.half(), "one dtype and a boolean mask"),
+        (1, lambda t: t.int(), "one dtype and a boolean mask"),
+        (1, lambda t: t[:, :2], r"got mask of \(\d+, 2\), expected"),
+        (2, lambda t: t[:1], "got weight of"),
+        (3, lambda t: t[:, 1:], "got gate_up of"),
+        (4, lambda t: t[..., 1:], "got gate_up of|got down of"),
+    ],
+)
+def test_tensors_that_do_not_fit_each_other_are_refused(place, change, said):
+    tensors = [t.to(DEVICE) for t in make_inputs(CASES[0], torch.float32)]
+    tensors[place] = change(tensors[place])
+    with pytest.raises(ValueError, match=said):
+        expert_ffn(*tensors)

@@ -251,4 +251,13 @@ def test_no_tokens_at_all():
 def test_the_exact_product_is_an_operation_with_gradients():
     a_NC, b_EC = tokens(7).requires_grad_(), tokens(3).requires_grad_()
     torch.library.opcheck(exact_product, (a_NC, b_EC))
+    torch._dynamo.reset()
+    compiled = torch.compile(exact_product, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for product in (exact_product, compiled):
+            a, b = a_NC.detach().float().requires_grad_(), b_EC.detach().float()
+            out_NE = product(a, b)
+            (grad_NC,) = torch.autograd.grad(out_NE, a, torch.ones_like(out_NE))
+            torch.testing.assert_close(out_NE, (a_NC @ b_EC.T).float())
+            torch.testing.assert_close(grad_NC, b.sum(0).expand_as(a))
     assert torch.autograd.gradcheck(exact_product, (a_NC, b_EC))

@@ -56,13 +56,20 @@ def unit(x_NC: Tensor) -> Tensor:
     return x_NC * _inverse_norm(x_NC)
 
 
+def no_autocast(device: torch.device) -> torch.autocast:
+    """What is computed within keeps the dtype of its inputs."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @torch.library.custom_op("tiny_onn::exact_product", mutates_args=())
 def exact_product(a_NC: Tensor, b_EC: Tensor) -> Tensor:
-    """a b^T in the whole float32 (a run on CUDA allows TF32); its gradients as the run has it."""
+    """a b^T in the inputs' dtype, under autocast too, and without TF32 where a run on CUDA allows
+    it (its gradients may use it)."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        return a_NC @ b_EC.T
+        with no_autocast(a_NC.device):
+            return a_NC @ b_EC.T
     finally:
         torch.set_float32_matmul_precision(allowed)
 
@@ -75,17 +82,13 @@ def _(a_NC, b_EC):
 def _differentiate(ctx: Any, grad_NE: Tensor) -> tuple[Tensor | None, Tensor | None]:
     a_NC, b_EC = ctx.saved_tensors
     wants_a, wants_b = ctx.needs_input_grad
-    return grad_NE @ b_EC if wants_a else None, grad_NE.T @ a_NC if wants_b else None
+    with no_autocast(grad_NE.device):  # compiled, it runs under the forward pass's
+        return grad_NE @ b_EC if wants_a else None, grad_NE.T @ a_NC if wants_b else None
 
 
 exact_product.register_autograd(
     _differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
 )
-
-
-def no_autocast(device: torch.device) -> torch.autocast:
-    """What is computed within keeps the dtype of its inputs."""
-    return torch.autocast(device.type, enabled=False)
 
 
 class _Fires(torch.autograd.Function):

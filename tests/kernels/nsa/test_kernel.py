@@ -283,7 +283,7 @@ def test_mixed_dtypes_are_refused(kernel):
         kernel.window_attention(q, k.half(), v, case.layout())
 
 
-def test_operations_have_true_schemas_and_fakes(kernel, device):
+def test_operations_have_true_schemas_and_fakes(kernel, device, order):
     from tiny_onn_kernels.nsa import kernel_band, kernel_decode, kernel_select, kernel_selected
     from tiny_onn_kernels.nsa.selected import invert_index
 
@@ -302,7 +302,44 @@ def test_operations_have_true_schemas_and_fakes(kernel, device):
     rest = (layout.time_N, layout.end_N, layout.selectable.blocks.first_row_M, 4, 9, 64)
     selected = (q, k, v, index, found.pair_P, found.offset_Z1, *rest)
     torch.library.opcheck(kernel_selected.selected, selected, test_utils=checks)
+    out, lse = kernel_selected.selected(*selected)
+    adjoint = (torch.ones_like(out), *selected[:9], out, lse, *rest[3:])
+    torch.library.opcheck(kernel_selected.selected_backward, adjoint, test_utils=checks)
+    out, lse = kernel_band.band(q, k, v, *layout.window_range)
+    adjoint = (torch.ones_like(out), q, k, v, *layout.window_range, out, lse)
+    torch.library.opcheck(kernel_band.band_backward, adjoint, test_utils=checks)
+    share = (q, tensors[1], kernel_band.band(*tensors[:3], *layout.compressed_range)[1])
+    share = (*share, first, layout.time_N, *layout.compressed_range, 64, 5)
+    torch.library.opcheck(kernel_select.share, share, test_utils=checks)
+    step = (kernel_select.share(*share)[:2], layout.time_N[:2], 4, 2, 4, 3)
+    torch.library.opcheck(kernel_select.choose_from_share, step, test_utils=checks)
     caches = [torch.randn(2, 2, 9, 8, device=device) for _ in range(2)]
     counts = torch.tensor([3, 9], device=device)
     decode = (q[:2], *caches, None, counts * 0, counts, 9, 1)
     torch.library.opcheck(kernel_decode.attend, decode, test_utils=checks)
+
+
+@pytest.mark.slow
+def test_batches_of_other_lengths_are_soon_compiled_no_more(kernel, device):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = torch.compile(kernel.nsa_attention, backend="eager")
+    seen = []
+    for lengths in ((9,), (5, 7), (4, 8, 6), (7, 5), (3, 6, 4, 5)):
+        case = replace(FEW, lengths=lengths, prefixes=(0,) * len(lengths))
+        layout = case.layout(device)
+        layout.compute_for_kernels()
+        tensors = case.inputs(torch.float32, device).tensors()
+        compiled = run(*tensors, layout, case.count)
+        seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert seen[-1] == seen[2] <= 3, seen
+    torch.testing.assert_close(compiled, kernel.nsa_attention(*tensors, layout, case.count))
+
+
+def test_every_operation_makes_its_tensors_device_current(kernel):
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = {
+        "band", "band_backward", "choose", "choose_in_step", "decode", "decode_share", "selected",
+        "selected_backward", "share",
+    }  # fmt: skip
+    assert all(registered(f"tiny_onn::nsa_{name}", "CUDA") for name in names)

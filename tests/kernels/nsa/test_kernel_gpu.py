@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from tiny_onn_kernels.nsa import reference
 from tiny_onn_kernels.nsa.cases import Case
+
+kernel_selected = pytest.importorskip("tiny_onn_kernels.nsa.kernel_selected")
+kernel_selected_plan = pytest.importorskip("tiny_onn_kernels.nsa.kernel_selected_plan")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,9 +16,50 @@ pytestmark = [
 
 SIZES = (4, 2, 4)
 
+LONG = {"block": 32, "stride": 16, "select_block": 64, "count": 16, "window": 512}
+SHORT = {"block": 32, "stride": 16, "select_block": 32, "count": 8, "window": 128}
 
-def test_a_training_step_waits_for_nothing(kernel):
-    case = Case((200, 61), (0, 17), heads=8, kv_heads=2, width=32, value_width=32)
+
+def shape(heads, kv_heads, width):
+    return {"heads": heads, "kv_heads": kv_heads, "width": width, "value_width": width}
+
+
+SETTINGS = (shape(64, 4, 128) | LONG, shape(12, 12, 64) | SHORT, shape(16, 2, 64) | SHORT)
+
+
+@pytest.fixture(params=["queries first", "keys first", "sliced"])
+def way(request, monkeypatch):
+    """Every way of the selected branch."""
+    share = 0 if request.param == "queries first" else 1000
+    monkeypatch.setattr(kernel_selected_plan, "KEYS_FIRST_SHARE", share)
+    if request.param == "sliced":
+        monkeypatch.setattr(kernel_selected, "tokens_of_a_slice", lambda *_: 1024)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_values_and_gradients_at_the_presets_shapes(setting, kernel, way, assert_close):
+    """Packed documents of some thousand tokens in bfloat16, against the reference in float32 with
+    the same choices; two runs give the same bits."""
+    case = Case((2100, 1, 700, 33), (0, 0, 150, 33), **setting)
+    inputs, layout = case.inputs(torch.bfloat16, "cuda"), case.layout("cuda")
+    leaves = [t.requires_grad_() for t in inputs.tensors()]
+    pull = torch.randn(sum(case.lengths), case.heads, case.value_width, device="cuda")
+
+    def run(implementation, tensors, index=None):
+        out, index = implementation.nsa_attention(*tensors, layout, case.count, index)
+        return index, [out, *torch.autograd.grad(out, tensors, pull.to(out))]
+
+    index, got = run(kernel, leaves)
+    again, repeated = run(kernel, leaves)
+    assert torch.equal(index, again)
+    assert all(torch.equal(a, b) for a, b in zip(got, repeated, strict=True))
+    wide = [t.detach().float().requires_grad_() for t in leaves]
+    for a, b in zip(got, run(reference, wide, index)[1], strict=True):
+        assert_close(a, b, 1e-2)
+
+
+def test_a_training_step_waits_for_nothing(kernel, way):
+    case = Case((2000, 61), (0, 17), heads=8, kv_heads=2, width=32, value_width=32)
     inputs, layout = case.inputs(torch.bfloat16, "cuda"), case.layout("cuda")
     layout.compute_for_kernels()
     leaves = [t.requires_grad_() for t in inputs.tensors()]
@@ -57,13 +102,13 @@ def test_a_decoding_step_is_recorded_once_and_replayed_at_any_time(kernel):
 
 
 @pytest.mark.slow
-def test_places_beyond_two_to_the_31(kernel):
+def test_places_beyond_two_to_the_31(kernel, way):
     """The last document of a batch whose queries have more than 2^31 numbers is as if alone."""
     tail, width, heads = 40, 128, 64
     long = 2**31 // (width * heads) + 100
 
     def run(lengths):
-        case = Case(lengths, (0,) * len(lengths), heads, 2, width, width)
+        case = Case(lengths, (0,) * len(lengths), heads, 2, width, width, **SHORT)
         layout = case.layout("cuda")
         rows = len(layout.compressed_rows_ML)
         generator = torch.Generator("cuda").manual_seed(5)

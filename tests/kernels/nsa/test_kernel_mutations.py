@@ -45,7 +45,26 @@ def literal_equation_9(block, stride, select_block):
     return first - (select_block // stride - 1), weights
 
 
+def later_end(module, name, by):
+    """An operation of ``module`` that is told of ends which lie ``by`` tokens later."""
+    right = getattr(module, name)
+
+    def run(*args):
+        ends = {"selected": 7, "attend": 5}[name]
+        return right(*args[:ends], args[ends] + by, *args[ends + 1 :])
+
+    return module, name, run
+
+
+def in_selected(by):
+    from tiny_onn_kernels.nsa import kernel
+
+    return later_end(kernel, "selected", by)
+
+
 MUTATIONS = {
+    "selected branch sees the next token": lambda: in_selected(1),
+    "selected branch misses its own token": lambda: in_selected(-1),
     "window of w + 1": lambda: moved("window_range", -1, 0),
     "window of w - 1": lambda: moved("window_range", 1, 0),
     "window sees the next token": lambda: moved("window_range", 0, 1),
