@@ -33,9 +33,11 @@ def same_dtype(*tensors: Tensor) -> None:
 
 
 def keys_beside_few_rows(width: int, value_width: int, dtype: torch.dtype) -> int:
-    """Keys of a tile whose query rows are the heads of one group: at most 32 KiB of them."""
+    """Keys of a tile whose query rows are the heads of one group: at most 32 KiB of them, 16 of
+    float32 (no matrix unit, most registers)."""
     row_bytes = (padded(width) + padded(value_width)) * dtype.itemsize
-    return min(64, max(NARROW_DOT, 2**15 // row_bytes))
+    most_bytes = 2**15 if dtype.itemsize == 2 else 2**14
+    return min(64, max(NARROW_DOT, most_bytes // row_bytes))
 
 
 def tile_sizes(
@@ -60,5 +62,6 @@ def tile_sizes(
     if row_bytes <= 512:
         return {"BLOCK_R": 64, "BLOCK_C": 64, "num_warps": 8 if adjoint else 4, "num_stages": 2}
     if row_bytes <= 1024:
-        return {"BLOCK_R": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2}
+        rows = 32 if adjoint else 64  # what sm_86, sm_89 and sm_120 have room for
+        return {"BLOCK_R": rows, "BLOCK_C": 32, "num_warps": 8, "num_stages": 2}
     return {"BLOCK_R": 32, "BLOCK_C": 16, "num_warps": 8, "num_stages": 1}

@@ -39,3 +39,16 @@ def test_decoding_equals_the_parallel_forward(
     model.use_backend("auto", "cpu", "fp32", nsa="triton")
     doc = documents()[1]
     assert_decoding_is_parallel(model, [doc], [len(doc.tokens) - 6])
+
+
+def test_under_autocast_all_parts_meet_in_one_dtype(nsa_model, documents, interpreted):
+    batch, found = pack(documents()[1:3]), {}
+    for backend in ("reference", "triton"):
+        model = nsa_model({"layers": 1, "ffn": "dynmoe"}).float()
+        model.use_backend("auto", "cpu", "bf16", experts="loop", nsa=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(batch).logits_MV
+        logits.square().mean().backward()
+        found[backend] = [logits, *(p.grad for p in model.parameters() if p.grad is not None)]
+    for got, want in zip(found["triton"], found["reference"], strict=True):
+        assert (got - want).norm() <= 0.1 * want.norm()  # bfloat16, truncated by the interpreter
