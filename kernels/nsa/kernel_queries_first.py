@@ -26,11 +26,12 @@ def _chosen_keys(
     INDEX, pair, step, start, end,
     SELECT_BLOCK: tl.constexpr, PIECES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a piece of a chosen block, and which of them the token sees."""
+    """Rows of a piece of a chosen block, and which of them the token sees (of -1, no block: none,
+    they lie before its document)."""
     block = tl.load(INDEX + pair + step // PIECES)
     offset_C = (step % PIECES) * BLOCK_C + tl.arange(0, BLOCK_C)
     time_C = block * SELECT_BLOCK + offset_C
-    return start + time_C, (offset_C < SELECT_BLOCK) & (time_C <= end) & (block >= 0)
+    return start + time_C, (offset_C < SELECT_BLOCK) & (time_C >= 0) & (time_C <= end)
 
 
 @triton.jit
