@@ -289,5 +289,7 @@ def _finish(
     failed = [name for name, record in records.items() if record["status"] == "failed"]
     for name in failed:
         print(f"FAILED {name}: {records[name]['why']} (at {records[name].get('at', '-')})")
-    print(f"written: {', '.join(str(path) for path in results.paths)}")
+    print(
+        f"written: {', '.join(str(path) for path in results.paths if path.exists()) or 'nothing'}"
+    )
     return 1 if failed else 0
