@@ -3,7 +3,8 @@
 # make ablation: what each sparse part buys (2 hours on two cores; goes on where it was stopped)
 # make bench-gpu: the sparse kernels on a CUDA device against dense and public ones, in nine minutes at
 #   most (goes on where it was stopped); nothing is installed first, so give RUN=python3 where there
-#   is no .venv, and ARGS=--quick for a smoke test on a CPU
+#   is no .venv, and ARGS=--quick for a smoke test on a CPU; where OUT names a folder, results go
+#   there too, after every case
 # make kernels-compile: every kernel for sm_80 and sm_90, without a GPU; registers, spills, memory
 # PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is handed to pip (a mirror, a folder).
 PYTHON ?= python3

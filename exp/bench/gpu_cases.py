@@ -2,8 +2,9 @@
 
 A red check is the case's result and nothing of it is timed. Arms are timed in turn, round by round,
 so that their ratios are pairs of neighbours, the L2 cache flushed before every call. First calls,
-that compile, are recorded apart. Running out of memory is an arm's result, and so is an arm that
-cannot run here. :mod:`gpu_run` goes through the cases.
+that compile, are recorded apart. What an arm's error means depends on whose it is (:class:`Arm`);
+our programs are called first, rivals next, graphs and compiled programs last, since each of these
+may spoil what follows. :mod:`gpu_run` goes through the cases.
 
 Import it before ``tiny_onn_kernels``: without a GPU it sends the kernels to the interpreter.
 """
@@ -18,8 +19,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_stopwatch import Call, Stopwatch, summary
-from timing import relative_error
+from gpu_stopwatch import Call, Stopwatch
+from timing import percentiles, relative_error
 from torch import Tensor
 
 if not torch.cuda.is_available():  # read when kernels are imported
@@ -36,13 +37,44 @@ class Unavailable(Exception):
     """An arm that cannot run here; the message says why."""
 
 
+class NotAtHand(Unavailable):
+    """An arm that would run with --third-party, or another folder there."""
+
+
+STATUS_OF = {
+    Wrong: "wrong",
+    Unavailable: "unavailable",
+    torch.OutOfMemoryError: "out of memory",
+}
+"""Of an arm by its error; "error" of any other."""
+
+
+class DeviceLost(Exception):
+    """The device answers no more in this process: an illegal access, mostly."""
+
+
 @dataclass(frozen=True)
 class Arm:
-    """make: sets up what is not timed and returns what is; raises Unavailable. ours: any other
-    error fails the case; a rival's is recorded."""
+    """One program, and what becomes of its errors.
+
+    make: sets up what is not timed and returns what is; raises Unavailable where it cannot run and
+    Wrong where it gives something else than it should. Unavailable is always the arm's result.
+
+        a rival                     any error is the arm's result
+        ours                        any error fails the case, running out of memory too
+        ours, wrapped               Wrong fails the case; any other error is the arm's result
+
+    wrapped: in a CUDA graph or by torch.compile, which may refuse what runs without.
+    """
 
     make: Callable[[], Call]
     ours: bool = False
+    wrapped: bool = False
+
+    def fails_the_case(self, error: Exception) -> bool:
+        if isinstance(error, Unavailable):
+            return False
+        return self.ours and (isinstance(error, Wrong) or not self.wrapped)
 
 
 @dataclass(frozen=True)
@@ -90,92 +122,147 @@ def same_bits(what: str, first: Sequence[Tensor], second: Sequence[Tensor]) -> N
             raise Wrong(f"{what}: two runs differ")
 
 
-def graphed(call: Call) -> Call:
-    """``call`` recorded in a CUDA graph; its replay. Raises Unavailable on a CPU."""
+def graphed(call: Callable[[], Any], compare: Callable[[Sequence[Tensor]], Any]) -> Call:
+    """``call`` (of tensors) recorded in a CUDA graph; its replay.
+
+    Two replays must each write every output anew: ``compare``, given them, raises Wrong. Leaves
+    that ``call`` differentiates should be its own (``tensor.detach().requires_grad_()``): one whose
+    gradient waits in a graph made elsewhere would draw that stream into the recording.
+
+    Raises:
+        Unavailable: on a CPU.
+    """
     if not torch.cuda.is_available():
         raise Unavailable("CUDA graphs need a CUDA device")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, stream = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(stream)
     with torch.cuda.stream(side):
         for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(side)
+    stream.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
+    try:
+        with torch.cuda.graph(graph):
+            got = call()
+            kept = [t.detach() for t in ([got] if isinstance(got, Tensor) else got)]
+            del got  # and with it autograd's nodes
+    finally:
+        torch.cuda.set_stream(stream)  # a recording that fails may leave its own
+    compare_replays(graph.replay, kept, compare)
 
-    def replay() -> Any:
+    def replay() -> Sequence[Tensor]:
         graph.replay()
         return kept
 
     return replay
 
 
+def compare_replays(
+    replay: Call, outputs: Sequence[Tensor], compare: Callable[[Sequence[Tensor]], Any]
+) -> None:
+    """Twice: what is no number in all ``outputs``, a replay, ``compare``."""
+    for _ in range(2):
+        for tensor in outputs:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**20))
+        replay()
+        compare(outputs)
+
+
 def _first_call(arm: Arm, watch: Stopwatch, memory: bool) -> tuple[Call | None, dict[str, Any]]:
-    """The arm ready to be timed, or why not."""
+    """The arm ready to be timed, or why not. Raises DeviceLost, and errors that fail the case."""
     try:
         call, setup_s = watch.wall(arm.make)
         _, first_s = watch.wall(call)
         peak_mib, again_s = watch.wall(lambda: watch.peak_mib(call))
         found = {"first_call_s": round(setup_s + first_s, 3), "again_s": again_s}
         return call, found | ({"peak_mib": peak_mib} if memory else {})
-    except torch.OutOfMemoryError as error:
-        return None, {"status": "out of memory", "why": _line(error)}
-    except Unavailable as error:
-        return None, {"status": "unavailable", "why": _line(error)}
     except Exception as error:  # of a rival, whatever it is: no reason to lose ours
-        if arm.ours:
+        if not watch.answers():
+            raise DeviceLost(_line(error)) from error
+        if arm.fails_the_case(error):
             raise
-        return None, {"status": "error", "why": _line(error)}
+        found = {"status": "error", "why": _line(error)}
+        for kind, status in STATUS_OF.items():
+            if isinstance(error, kind):
+                found["status"] = status
+        return None, found | ({"wants": "--third-party"} if isinstance(error, NotAtHand) else {})
 
 
 def time_arms(
-    case: Case, work: Work, watch: Stopwatch, quick: bool, left_s: float
-) -> dict[str, Any]:
-    """Results of all arms, ratios and what is derived; rounds end with the case's limit, or the
-    budget's, but not before FEWEST_ROUNDS."""
-    arms, calls = {}, {}
-    for name, arm in work.arms.items():
-        call, arms[name] = _first_call(arm, watch, case.memory)
+    case: Case,
+    work: Work,
+    watch: Stopwatch,
+    quick: bool,
+    left_s: float,
+    found: dict[str, Any],
+    ours_only: bool,
+) -> None:
+    """Put results of all arms, ratios and what is derived into ``found``; rounds end with the
+    case's limit, or the budget's, but not before FEWEST_ROUNDS."""
+    arms, calls, again_s = {}, {}, 0.0
+    found |= {"arms": arms, "ratios": {}, "derived": {}}
+    order = sorted(work.arms.items(), key=lambda item: (item[1].wrapped, not item[1].ours))
+    for name, arm in order:
+        if ours_only and not arm.ours:
+            arms[name] = {"status": "left out"}
+            continue
+        found["at"] = name
+        found["rivals_took_part"] |= not arm.ours
+        call, about = _first_call(arm, watch, case.memory)
+        again_s += about.pop("again_s", 0.0)
+        arms[name] = about
         if call is not None:
             calls[name] = call
         elif watch.cuda:
             torch.cuda.empty_cache()
-    round_s = max(sum(arms[name].pop("again_s") for name in calls), 1e-6)
-    rounds = QUICK_ROUNDS if quick else int(min(case.limit_s, left_s) / round_s)
+    found["at"] = "timed rounds"
+    rounds = QUICK_ROUNDS if quick else int(min(case.limit_s, left_s) / max(again_s, 1e-6))
     rounds = rounds if quick else max(FEWEST_ROUNDS, min(MOST_ROUNDS, rounds))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds if calls else 0):
         for name, value in watch.round(calls, backwards=number % 2 == 1).items():
             seconds[name].append(value)
     for name, values in seconds.items():
-        arms[name] |= {"status": "timed", "ms": summary(values, 1e3)}
-    ratios = {}
+        arms[name] |= {"status": "timed", "ms": percentiles(values, 1e3)}
     for name, (slow, fast) in work.ratios.items():
         if slow in seconds and fast in seconds:
             pairs = zip(seconds[slow], seconds[fast], strict=True)
-            ratios[name] = summary([a / b for a, b in pairs])
+            found["ratios"][name] = percentiles([a / b for a, b in pairs])
             if name in work.targets:
-                ratios[name]["target"] = work.targets[name]
-    medians = {name: median(values) for name, values in seconds.items()}
-    return {"arms": arms, "ratios": ratios, "derived": dict(work.derive(medians))}
+                found["ratios"][name]["target"] = work.targets[name]
+    found["at"] = "what is derived"
+    found["derived"] = dict(work.derive({name: median(s) for name, s in seconds.items()}))
 
 
-def measure_case(case: Case, watch: Stopwatch, quick: bool, left_s: float) -> dict[str, Any]:
-    """One case's record: status done, failed (with its error) or out of memory."""
-    began, found = watch.clock(), {"status": "done", "shapes": dict(case.shapes)}
+def record_of(case: Case) -> dict[str, Any]:
+    """Of a case not yet measured. at: what runs; rivals_took_part: before that, or now."""
+    return {"shapes": dict(case.shapes), "at": "set-up", "rivals_took_part": False}
+
+
+def measure_case(
+    case: Case,
+    watch: Stopwatch,
+    quick: bool,
+    left_s: float,
+    found: dict[str, Any],
+    ours_only: bool = False,
+) -> None:
+    """Fill a case's record: status done or failed (with its error, and what ran then). Out of
+    memory, but in a rival, is failed too."""
+    began = watch.clock()
     try:
         work = case.build(watch.device)
+        found["at"] = "check"
         found["checks"] = dict(work.check())
         left_s -= watch.clock() - began
-        found |= time_arms(case, work, watch, quick, left_s)
-    except torch.OutOfMemoryError as error:
-        found |= {"status": "out of memory", "why": _line(error)}
+        time_arms(case, work, watch, quick, left_s, found, ours_only)
+        found["status"] = "done"
+        del found["at"]
     except Exception as error:  # whatever a new kernel does: recorded, and the next case's turn
         found |= {"status": "failed", "why": f"{type(error).__name__}: {_line(error)}"}
     work = None
     gc.collect()
-    return found | {"seconds": round(watch.clock() - began, 2)}
+    found["seconds"] = round(watch.clock() - began, 2)
 
 
 def _line(error: BaseException) -> str:

@@ -1,31 +1,14 @@
-"""Seconds and peak memory of single calls, on a GPU by events, and what repeats of them say."""
+"""Seconds and peak memory of single calls: on a GPU by events."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
-FLUSH_BYTES = 2**28
-"""More than any L2 cache."""
+from gpu_roofline import FLUSH_BYTES
 
 Call = Callable[[], Any]
-
-
-def summary(values: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
-    """Median, 5th and 95th percentile (linear between neighbours) and number of ``values``."""
-    ordered = sorted(scale * value for value in values)
-
-    def percentile(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = int(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    found = {"median": median(ordered), "p5": percentile(0.05), "p95": percentile(0.95)}
-    return {name: round(value, 5) for name, value in found.items()} | {"repeats": len(ordered)}
 
 
 class Stopwatch:
@@ -40,6 +23,19 @@ class Stopwatch:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
+    def answers(self) -> bool:
+        """Whether the device still works for this process: not after an illegal access.
+
+        Asked twice: an error that passes, as of a recording that failed, shows once.
+        """
+        for _ in range(2):
+            try:
+                self.wait()
+            except RuntimeError:
+                continue
+            return True
+        return False
+
     def wall(self, call: Call) -> tuple[Any, float]:
         """What ``call`` gave and its seconds, launch and device together."""
         self.wait()
@@ -49,8 +45,13 @@ class Stopwatch:
         return got, self.clock() - began
 
     def round(self, calls: Mapping[str, Call], backwards: bool) -> dict[str, float]:
-        """Seconds of each call, one after the other, each alone on a device that waits for it: what
-        a call's launches cost shows where they are longer than its work (CUDA graphs hide it)."""
+        """Device seconds of each call, one after the other, the L2 cache flushed before.
+
+        The flush (about 60 us) runs while the host prepares the call, so host work before the first
+        launch is hidden, up to that long; the clock starts when the flush ends. What launches cost
+        beyond it shows where they are slower than the device's work: then the device waits between
+        kernels (CUDA graphs hide that). ``wall`` and calls back to back show the host's share.
+        """
         order = list(calls)[::-1] if backwards else list(calls)
         if not self.cuda:
             return {name: self.wall(calls[name])[1] for name in order}

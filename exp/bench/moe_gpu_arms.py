@@ -1,6 +1,7 @@
 """One function, the experts of a mixture, by several programs, on inputs of a stated routing.
 
-Inputs and dense einsums are the CPU benchmark's (moe.py). All take x_NC, mask_NE, weight_NE,
+Inputs and dense einsums are the CPU benchmark's (moe.py); its routing and its loop are other ones
+than here, which cut shares off and index stacked matrices. All take x_NC, mask_NE, weight_NE,
 gate_up_EHC, down_ECF, as ``expert_ffn`` of kernels/moe does.
 
 Shapes: N tokens, E experts, C width, F hidden width of an expert, H = 2 F, P active pairs, K places
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from gpu_cases import Unavailable
+from gpu_cases import NotAtHand
 
 # isort: split
 import torch
@@ -85,11 +86,15 @@ def make_inputs(
     ).like(dtype)
 
 
-def longer(inputs: Inputs, extra: int) -> Inputs:
-    """The first ``extra`` tokens once more at the end; leaves of its own but for the matrices."""
-    x, weight = (torch.cat([t, t[:extra]]).detach().requires_grad_() for t in inputs.leaves[:2])
-    mask, grad = (torch.cat([t, t[:extra]]) for t in (inputs.mask, inputs.grad))
-    return Inputs(x, weight, inputs.gate_up, inputs.down, mask, grad)
+def with_tokens(inputs: Inputs, tokens: int) -> Inputs:
+    """The first ``tokens``, or all and the first ones once more at the end; leaves of its own but
+    for the matrices."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor, tensor[: max(0, tokens - len(tensor))]])[:tokens]
+
+    x, weight = (cut(t).detach().requires_grad_() for t in inputs.leaves[:2])
+    return Inputs(x, weight, inputs.gate_up, inputs.down, cut(inputs.mask), cut(inputs.grad))
 
 
 def index_add_loop(
@@ -141,16 +146,20 @@ def find_scattermoe(folder: Path | None) -> ModuleType:
     Its package is entered without running ``__init__``, which reaches into the transformers
     library.
 
+    Args:
+        folder: the clone, or one of several clones (as nsa_gpu.py takes it).
+
     Raises:
-        Unavailable: no clone there.
+        NotAtHand: no clone there.
     """
     if folder is None:
-        raise Unavailable("not at hand: --third-party DIR, a clone of shawntan/scattermoe")
-    place = folder / "scattermoe"
-    if not (place / "parallel_experts.py").exists():
-        raise Unavailable(f"not at hand: no scattermoe/parallel_experts.py in {folder}")
+        raise NotAtHand("not at hand: --third-party DIR, a clone of shawntan/scattermoe")
+    file = "scattermoe/parallel_experts.py"
+    found = [*folder.glob(file), *sorted(folder.glob(f"*/{file}"))]
+    if not found:
+        raise NotAtHand(f"not at hand: no {file} in {folder} or a folder of it")
     package = ModuleType("scattermoe")
-    package.__path__ = [str(place)]
+    package.__path__ = [str(found[0].parent)]
     sys.modules.setdefault("scattermoe", package)
     return importlib.import_module("scattermoe.parallel_experts")
 

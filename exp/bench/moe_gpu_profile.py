@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from gpu_roofline import FLUSH_BYTES
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -17,9 +18,6 @@ WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 NOT_WORK = ("Context Sync", "Stream Sync", "Event Sync", "Stream Wait Event")
 """Entries of the device's timeline that are no work."""
-
-FLUSH_BYTES = 2**27
-"""Copied between kernels' calls, which reads and writes more than any L2 cache holds."""
 
 FLUSH_EVENT = "Memcpy DtoD"
 
@@ -56,8 +54,9 @@ def count_launches(call: Callable[[], Any]) -> dict[str, int]:
 def time_kernels(
     call: Callable[[], Any], calls: int, places: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """Microseconds of each kernel of ``call`` (:func:`by_place`); L2 flushed before every call."""
-    source, target = torch.empty(2, FLUSH_BYTES, dtype=torch.int8, device="cuda").unbind(0)
+    """Microseconds of each kernel of ``call`` (:func:`by_place`); L2 flushed before every call, by
+    a copy that reads and writes FLUSH_BYTES together."""
+    source, target = torch.empty(2, FLUSH_BYTES // 2, dtype=torch.int8, device="cuda").unbind(0)
     call()
     events = _events(call, calls, lambda: target.copy_(source))
     device = [

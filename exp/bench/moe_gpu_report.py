@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from timing import print_table
+from timing import print_table, text
 
 PASSES = ("forward", "both")
 GROUPED = ("grouped_mm", "grouped_mm, plain")
@@ -14,7 +14,7 @@ GROUPED = ("grouped_mm", "grouped_mm, plain")
 RIVALS = (*GROUPED, "ScatterMoE", "all experts", "index_add loop")
 """Names in records; an arm is "NAME, PASS" or "NAME, PASS, graph"."""
 
-MISSING = "-"
+MISSING, ENDS = "-", ("p5", "p95")
 
 Record = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ def goal(record: Record, kind: str) -> tuple[float, float] | None:
 def _finished(records: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
     """Cases in which ours was timed."""
     for name, record in records.items():
-        if milliseconds(record, "ours, both") is not None:
+        if record["status"] == "done" and milliseconds(record, "ours, both") is not None:
             yield name, record
 
 
@@ -60,16 +60,12 @@ def _number(value: float | None, digits: int = 3, after: str = "") -> str:
     return MISSING if value is None else f"{value:,.{digits}f}{after}"
 
 
-def _spread(found: Mapping[str, float]) -> str:
-    return f"{found['median']:.3f} ({found['p5']:.3f}..{found['p95']:.3f})"
-
-
 def _times(records: Mapping[str, Record]) -> list[Sequence[str]]:
     rows = []
     for name, record in _finished(records):
         for kind in PASSES:
             rate = record["derived"]["rates"][f"ours, {kind}"]
-            row = [name, kind, _spread(record["arms"][f"ours, {kind}"]["ms"])]
+            row = [name, kind, text(record["arms"][f"ours, {kind}"]["ms"], 3, ENDS)]
             row.append(_number(rate["tflops"], 1))
             row += [_number(100 * rate[share], 1, " %") for share in ("of_least", "of_kernels")]
             for rival in RIVALS:
@@ -127,13 +123,15 @@ def _goals(records: Mapping[str, Record]) -> Iterator[str]:
         for kind in PASSES:
             found = goal(record, kind)
             if found is None:
-                yield f"goal {name}, {kind}: no grouped_mm to compare with"
+                measured = any(f"{rival} / ours, {kind}" in record["ratios"] for rival in GROUPED)
+                why = "none in this dtype" if measured else "no grouped_mm to compare with"
+                yield f"goal {name}, {kind}: {why}"
                 continue
             word = "met" if found[0] >= found[1] else "MISSED"
             yield f"goal {name}, {kind}: {found[0]:.2f}x, wanted {found[1]:g}x: {word}"
-        compiled = record["derived"].get("new_tokens", {}).get("ours", {}).get("compiled", [])
-        if compiled:
-            yield f"RECOMPILED {name}: other numbers of tokens compiled {', '.join(compiled)}"
+        new = record["derived"].get("new_tokens", {}).get("ours", {})
+        if new.get("compiled"):
+            yield f"RECOMPILED {name}: {new['tokens']} tokens compiled {', '.join(new['compiled'])}"
         waits = record["derived"].get("launches", {}).get("ours, both", {}).get("waits", 0)
         if waits:
             yield f"WAITS {name}: ours waited for the device {waits} times"

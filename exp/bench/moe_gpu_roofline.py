@@ -1,6 +1,6 @@
 """How long the experts must take: arithmetic and traffic of each kernel, and of the function.
 
-Every tensor is read or written once, at the rates one H200 is sold with; reads of the same row by
+Every tensor is read or written once, at the rates of gpu_roofline.py; reads of the same row by
 many pairs come from L2. Indices and weights, of a few bytes a pair, are left out of the kernels.
 The tables of kernels/moe/README.md are these numbers.
 
@@ -12,10 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-FLOPS_PER_S = 989e12
-"""bfloat16 and float16 with sums in float32."""
-
-BYTES_PER_S = 4.8e12
+from gpu_roofline import BYTES_PER_S, FLOPS_PER_S
 
 
 class Sizes(NamedTuple):

@@ -10,7 +10,9 @@ FLASH_ATTENTION (FA2 class) and CUDNN_ATTENTION (FA3 class), flash-attn where it
 torch's varlen for packed documents. kernels: each kernel beside its roofline. keys first: which way
 round the selected branch pays, by heads of a group. decode: one step on full caches. xunhao, fla:
 public kernels, from clones in DIR. compiled: the same function by torch.compile. Targets are those
-of nsa.md, section 6. bfloat16, random data, everything checked before it is timed.
+of nsa.md, section 6. bfloat16, random data, everything checked before it is timed: ours against a
+reference and itself (nsa_gpu_checks.py), graphs' replays and what torch.compile made against ours,
+dense rivals against each other, public NSA kernels against ours.
 """
 
 from __future__ import annotations
@@ -23,8 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Arm, Case, Unavailable, Work, graphed
+from gpu_cases import Arm, Call, Case, Unavailable, Work, graphed
 from gpu_run import run
+from nsa_gpu_checks import (
+    BOUND,
+    NAMES,
+    agree_all,
+    check_documents,
+    check_setting,
+    output_and_gradients,
+)
 from nsa_gpu_decode import BACKENDS, decode_case
 from nsa_gpu_inputs import (
     ARC,
@@ -34,15 +44,16 @@ from nsa_gpu_inputs import (
     TINY_ARC,
     Documents,
     Setting,
-    check_documents,
-    check_setting,
     passes,
 )
 from nsa_gpu_kernels import group_case, kernel_case
 from nsa_gpu_report import report
 from nsa_gpu_rivals import (
+    Peers,
     Ready,
     as_fla,
+    checked_dense,
+    checked_sparse,
     fla,
     flash_attn,
     ours_without_window,
@@ -50,7 +61,8 @@ from nsa_gpu_rivals import (
     varlen,
     xunhao,
 )
-from timing import relative_error
+
+from tiny_onn_kernels.nsa import kernel
 
 BOTH = PASSES[2]
 ARC_TOKENS = 65536
@@ -74,18 +86,26 @@ def complete_case(setting: Setting, length: int, num_documents: int) -> Case:
     def build(device: torch.device) -> Work:
         docs, notes = Documents(setting, (length,) * num_documents, device), {}
         ours = passes(docs.complete, docs.leaves, docs.grad_NHD)
+        peers = Peers(2 * BOUND[setting.dtype])
         rivals = {n: functools.partial(sdpa, docs, b, notes) for n, b in BACKENDS.items()}
-        arms = {f"nsa {word}": Arm(make, ours=True) for word, make in ours.items()}
-        arms |= _arms(rivals, PASSES)
         extra = {
             "flash-attn 2": functools.partial(flash_attn, docs, "flash_attn"),
             "flash-attn 3": functools.partial(flash_attn, docs, "flash_attn_interface"),
         }
         if num_documents > 1:
             extra["varlen"] = functools.partial(varlen, docs)
-        arms |= _arms(extra, (BOTH,))
+
+        def checked(dense: Mapping[str, Callable[[], Ready]]) -> dict[str, Callable[[], Ready]]:
+            return {
+                n: functools.partial(checked_dense, n, rival, docs, peers)
+                for n, rival in dense.items()
+            }
+
+        arms = {f"nsa {word}": Arm(make, ours=True) for word, make in ours.items()}
+        arms |= _arms(checked(rivals), PASSES) | _arms(checked(extra), (BOTH,))
         if length <= GRAPH_TOKENS:
-            arms[f"nsa {BOTH} graph"] = Arm(lambda: graphed(ours[BOTH]()))
+            graph = functools.partial(_graph, docs)
+            arms[f"nsa {BOTH} graph"] = Arm(graph, ours=True, wrapped=True)
         ratios = {
             f"{word}, {name} over nsa": (f"{name} {word}", f"nsa {word}")
             for name in (*rivals, *extra)
@@ -105,21 +125,43 @@ def complete_case(setting: Setting, length: int, num_documents: int) -> Case:
             lambda: check_setting(setting, device) | check_documents(docs),
             ratios,
             targets,
-            lambda seconds: {"sdpa": notes, "dense tflops": _tflops(rivals, flops, seconds)},
+            lambda seconds: {
+                "sdpa": notes,
+                "peers": peers.errors,
+                "dense tflops": _tflops(rivals, flops, seconds),
+            },
         )
 
     name = f"complete {setting.name} {length}"
     return Case(name, setting.shapes(length, num_documents), build, memory=True, limit_s=4.0)
 
 
-def _arms(rivals: Mapping[str, Callable[[], Any]], words: tuple[str, ...]) -> dict[str, Arm]:
+def _graph(docs: Documents) -> Call:
+    """A training step in a CUDA graph, whose replays agree with the step itself."""
+    own = docs.cast(docs.setting.dtype)  # the same memory, but leaves of no other graph
+
+    def step(of: Documents) -> Any:
+        return torch.autograd.grad(of.complete(), of.leaves, of.grad_NHD)
+
+    def compare(got: Any) -> None:
+        agree_all("graph", NAMES[1:], got, step(docs))
+
+    return graphed(functools.partial(step, own), compare)
+
+
+def _arms(rivals: Mapping[str, Callable[[], Ready]], words: tuple[str, ...]) -> dict[str, Arm]:
     """Passes of rivals, each set up once."""
     arms = {}
     for name, rival in rivals.items():
         ready = functools.cache(rival)
         for word in words:
-            arms[f"{name} {word}"] = Arm(lambda ready=ready, word=word: passes(*ready())[word]())
+            arms[f"{name} {word}"] = Arm(functools.partial(_one_pass, ready, word))
     return arms
+
+
+def _one_pass(ready: Callable[[], Ready], word: str) -> Call:
+    forward, leaves, grad, _ = ready()
+    return passes(forward, leaves, grad)[word]()
 
 
 def _tflops(
@@ -141,16 +183,13 @@ def third_party_case(name: str, setting: Setting, length: int, folder: Path | No
         docs = Documents(setting, (length,), device)
         if name == "fla":
             docs = as_fla(docs)
-        words, ready, notes = (PASSES[0], BOTH), ours_without_window(docs), {}
-
-        def theirs() -> Ready:
-            made = {"xunhao": xunhao, "fla": fla}[name](docs, folder)
-            with torch.no_grad():  # near ties may be chosen differently: recorded, no check
-                notes["relative RMS difference"] = relative_error(made[0](), ready[0]())
-            return made
-
-        ours = passes(*ready)
-        arms = {f"nsa {word}": Arm(ours[word], ours=True) for word in words}
+        words, notes = (PASSES[0], BOTH), {}
+        public = {"xunhao": xunhao, "fla": fla}[name]
+        theirs = functools.partial(
+            checked_sparse, functools.partial(public, folder=folder), docs, notes
+        )
+        ready = functools.cache(functools.partial(ours_without_window, docs))
+        arms = {f"nsa {w}": Arm(functools.partial(_one_pass, ready, w), ours=True) for w in words}
         arms |= _arms({name: theirs}, words)
         ratios = {f"{w}, {name} over nsa": (f"{name} {w}", f"nsa {w}") for w in words}
         wanted = TARGETS.get(name, {})
@@ -168,18 +207,31 @@ def compiled_case(setting: Setting, length: int) -> Case:
     def build(device: torch.device) -> Work:
         docs = Documents(setting, (length,), device)
 
-        def compiled() -> Callable[[], Any]:
+        def compiled() -> Call:
             if device.type != "cuda":
                 raise Unavailable("torch.compile does not reach into the interpreter")
-            forward = torch.compile(docs.complete, fullgraph=True)
-            return passes(forward, docs.leaves, docs.grad_NHD)[BOTH]()
+            attend = torch.compile(docs.attend, fullgraph=True)
+            compare_compiled(docs, attend)
+            return passes(lambda: attend()[0], docs.leaves, docs.grad_NHD)[BOTH]()
 
         eager = passes(docs.complete, docs.leaves, docs.grad_NHD)[BOTH]
-        arms = {f"nsa {BOTH}": Arm(eager, ours=True), f"nsa {BOTH} compiled": Arm(compiled)}
+        arms = {
+            f"nsa {BOTH}": Arm(eager, ours=True),
+            f"nsa {BOTH} compiled": Arm(compiled, ours=True, wrapped=True),
+        }
         ratios = {"eager over compiled": tuple(arms)}
         return Work(arms, lambda: check_documents(docs), ratios)
 
     return Case(f"compiled {setting.name} {length}", setting.shapes(length, 1), build, limit_s=2.0)
+
+
+def compare_compiled(docs: Documents, attend: Callable[[], Any]) -> dict[str, float]:
+    """Output and gradients of ``attend`` against the kernels' on its choice of blocks, which other
+    roundings before may change where two nearly tie. Raises Wrong."""
+    out_NHD, index_NKn = attend()
+    got = [out_NHD.detach(), *torch.autograd.grad(out_NHD, docs.leaves, docs.grad_NHD)]
+    *expected, _ = output_and_gradients(docs, kernel, index_NKn)
+    return agree_all("compiled", NAMES, got, expected)
 
 
 def make_cases(args: argparse.Namespace) -> list[Case]:
@@ -217,7 +269,10 @@ if __name__ == "__main__":
             make_cases,
             report,
             minutes=5,
-            sources=("kernels/*.py", "kernels/nsa/*.py", "exp/bench/nsa_gpu*.py"),
+            sources=(
+                *("kernels/*.py", "kernels/nsa/*.py", "exp/bench/nsa_gpu*.py"),
+                "tiny_onn/model/packed_attention.py",
+            ),
             add_options=add_options,
         )
     )

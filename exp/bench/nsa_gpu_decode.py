@@ -2,20 +2,24 @@
 
 NSA's step: scores of the compressed cache, choice of blocks, three branches, gates. What both need
 (appending to the cache, projections) and what NSA needs once in d steps (phi of one block) is not
-in it. Dense: SDPA's back-ends, and two matrix products that read each key once for its group.
+in it. Dense: SDPA's back-ends, and two matrix products that read each key once for its group; they
+must agree with each other, and every graph's replay with what it recorded.
 
 Shapes: B rows, H query heads, K key/value heads of G, T tokens, C compressed blocks, D head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import Arm, Case, Unavailable, Work, agree, graphed, same_bits
-from nsa_gpu_inputs import BOUND, Setting
+from gpu_cases import Arm, Call, Case, Unavailable, Work, agree, graphed, same_bits
+from nsa_gpu_checks import BOUND
+from nsa_gpu_inputs import Setting
+from nsa_gpu_rivals import Peers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -112,12 +116,16 @@ def decode_case(setting: Setting, rows: int, length: int, targets: Mapping[int, 
 
     def build(device: torch.device) -> Work:
         step, notes = Step(setting, rows, length, device), {}
-        makers = {"nsa": lambda: step.nsa, "matmul": lambda: step.matmul}
+        bound, peers = BOUND[setting.dtype], Peers(2 * BOUND[setting.dtype])
+        makers: dict[str, Callable[[], Call]] = {"matmul": lambda: step.matmul}
         for name, backend in BACKENDS.items():
-            makers[name] = lambda backend=backend: step.sdpa(backend, notes)
+            makers[name] = partial(step.sdpa, backend, notes)
+        makers = {name: partial(_checked, name, make, peers) for name, make in makers.items()}
+        makers = {"nsa": lambda: step.nsa} | makers
         arms = {name: Arm(make, ours=name == "nsa") for name, make in makers.items()}
         for name, make in makers.items():
-            arms[f"{name} graph"] = Arm(lambda make=make: graphed(make()))
+            graph = partial(_graph, f"{name} graph", make, bound)
+            arms[f"{name} graph"] = Arm(graph, ours=name == "nsa", wrapped=True)
         ratios = {
             f"{name}{mode} over nsa{mode}": (f"{name}{mode}", f"nsa{mode}")
             for mode in ("", " graph")
@@ -126,11 +134,38 @@ def decode_case(setting: Setting, rows: int, length: int, targets: Mapping[int, 
         }
         wanted = {"cudnn graph over nsa graph": targets[length]} if length in targets else {}
         return Work(
-            arms, step.check, ratios, wanted, lambda s: {"sdpa": notes, "tbs": _rates(step, s)}
+            arms,
+            step.check,
+            ratios,
+            wanted,
+            lambda s: {"sdpa": notes, "peers": peers.errors, "tbs": _rates(step, s)},
         )
 
     shapes = setting.shapes(length, rows)
     return Case(f"decode {setting.name} B={rows} {length}", shapes, build, limit_s=1.0)
+
+
+def _checked(name: str, make: Callable[[], Call], peers: Peers) -> Call:
+    """Dense attention of a step, ready once it agrees with its peers."""
+    call = make()
+    peers.join(name, ("out",), [call().flatten(1)])
+    return call
+
+
+def _graph(what: str, make: Callable[[], Call], bound: float) -> Call:
+    """The call's graph, whose replays agree with the call itself."""
+    call = make()
+
+    def outputs() -> Sequence[Tensor]:
+        got = call()
+        return [got] if isinstance(got, Tensor) else got
+
+    def compare(replayed: Sequence[Tensor]) -> None:
+        (out, *index), (expected, *chosen) = replayed, outputs()
+        agree(what, out, expected, bound)
+        same_bits(f"{what}, chosen blocks", index, chosen)
+
+    return graphed(outputs, compare)
 
 
 def _rates(step: Step, seconds: Mapping[str, float]) -> dict[str, Any]:

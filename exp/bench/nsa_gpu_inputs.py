@@ -1,12 +1,12 @@
-"""What NSA is measured on: random packed documents, the complete function, and its checks.
+"""What NSA is measured on: random packed documents and the complete function.
 
 Complete: phi of keys and values (compression), scores and choice of blocks, three branches, gates
 with their sigmoid; one pair of keys and values for all branches, as in every public benchmark.
 Rotations and norms, which full attention needs too, are not in it. Documents that n l' or w covers
 are read sparsely all the same, where the model would go dense.
 
-Shapes: N tokens, B documents of T tokens, H query heads, K key/value heads, D head width, M
-compressed blocks, n chosen blocks.
+Shapes: N tokens, H query heads, K key/value heads, D head width, M compressed blocks, n chosen
+blocks.
 """
 
 from __future__ import annotations
@@ -16,26 +16,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from gpu_cases import Wrong, agree, same_bits
-from timing import relative_error
 from torch import Tensor
 
-from tiny_onn_kernels.nsa import kernel, reference
+from tiny_onn_kernels.nsa import kernel
 
 PASSES = ("forward", "backward", "forward+backward")
 POSITION_STD = 0.02
-BOUND = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
-"""Relative RMS error, unless the reference itself, in the same dtype, is off by half as much."""
-
-WIDE_WINDOW_TOKENS = 8192
-"""Longest document on which the window kernel is also asked for full attention."""
 
 
 @dataclass(frozen=True)
 class Setting:
     """Heads and sizes in tokens (block l, stride d, select_block l', count n, window w); checked:
-    lengths of the documents compared with the reference."""
+    lengths of the documents compared with the reference; ways_from: shortest document on which both
+    ways round of the selected branch are compared."""
 
     name: str
     heads: int
@@ -48,9 +41,11 @@ class Setting:
     count: int
     window: int
     checked: tuple[int, ...]
+    ways_from: int = 8192
 
     def shapes(self, length: int, num_documents: int) -> dict[str, Any]:
-        sizes = {k: v for k, v in vars(self).items() if k not in ("name", "dtype", "checked")}
+        others = ("name", "dtype", "checked", "ways_from")
+        sizes = {k: v for k, v in vars(self).items() if k not in others}
         dtype = str(self.dtype).removeprefix("torch.")
         return {"tokens": length, "documents": num_documents, "dtype": dtype, **sizes}
 
@@ -59,7 +54,7 @@ PAPER = Setting("paper", 64, 4, 128, torch.bfloat16, 32, 16, 64, 16, 512, (1237,
 ARC = Setting("arc", 16, 2, 64, torch.bfloat16, 32, 16, 32, 8, 128, (37, 700, 291))
 TINY = replace(
     PAPER, heads=4, kv_heads=2, width=16, dtype=torch.float32, block=8, stride=4, select_block=8,
-    count=4, window=8, checked=(41,),
+    count=4, window=8, checked=(41,), ways_from=0,
 )  # fmt: skip
 TINY_ARC = replace(TINY, name="arc", window=5, checked=(7, 37))
 
@@ -158,76 +153,3 @@ def passes(forward: Call, leaves: Sequence[Tensor], grad: Tensor) -> dict[str, C
         return torch.autograd.grad(forward(), leaves, grad)
 
     return dict(zip(PASSES, (lambda: without_gradient, backward, lambda: both), strict=True))
-
-
-def output_and_gradients(docs: Documents, branches: Any, index_NKn: Tensor | None) -> list[Tensor]:
-    out_NHD, index_NKn = docs.attend(branches, index_NKn)
-    return [out_NHD, *torch.autograd.grad(out_NHD, docs.leaves, docs.grad_NHD), index_NKn]
-
-
-NAMES = ("out", "q", "k", "v", "gate", "phi_k.position", "phi_k.inner", "phi_k.outer")
-NAMES += ("phi_v.position", "phi_v.inner", "phi_v.outer")
-
-_checked: dict[str, dict[str, float] | Wrong] = {}
-
-
-def check_setting(setting: Setting, device: torch.device) -> dict[str, float]:
-    """Errors of output and gradients against the reference in float64, on the kernels' choice of
-    blocks; once a setting and process. Raises Wrong, every time."""
-    if setting.name not in _checked:
-        try:
-            _checked[setting.name] = _compare(setting, device)
-        except Wrong as error:
-            _checked[setting.name] = error
-    found = _checked[setting.name]
-    if isinstance(found, Wrong):
-        raise Wrong(*found.args)
-    return found
-
-
-def _compare(setting: Setting, device: torch.device) -> dict[str, float]:
-    docs = Documents(setting, setting.checked, device)
-    *got, index_NKn = output_and_gradients(docs, kernel, None)
-    *exact, _ = output_and_gradients(docs.cast(torch.float64), reference, index_NKn)
-    *eager, _ = output_and_gradients(docs, reference, index_NKn)
-    errors = {}
-    for name, a, b, c in zip(NAMES, got, exact, eager, strict=True):
-        bound = max(BOUND[setting.dtype], 2 * relative_error(c, b))
-        errors[f"{setting.name} {name}"] = agree(f"{name} of {setting.checked} tokens", a, b, bound)
-    return errors
-
-
-def check_documents(docs: Documents) -> dict[str, float]:
-    """At the measured size: finite, the same bits twice, and where a branch must be full attention
-    it is; whether gradients have the same bits is recorded."""
-    found, layout = {}, docs.layout
-    q_NHD, k_NKD, v_NKD, *_ = docs.leaves
-    with torch.no_grad():
-        first, second = (docs.attend() for _ in range(2))
-        same_bits("output and chosen blocks", first, second)
-        length, bound = docs.lengths[0], 2 * BOUND[docs.setting.dtype]  # both are rounded
-        covered = length <= docs.setting.count * docs.setting.select_block
-        if covered or length <= WIDE_WINDOW_TOKENS:
-            full_NHD = full_attention(docs)
-        if covered:
-            out_NHD = kernel.selected_attention(q_NHD, k_NKD, v_NKD, first[1], layout)
-            found["selected is full"] = agree("selected, all blocks", out_NHD, full_NHD, bound)
-        if length <= WIDE_WINDOW_TOKENS:
-            wide = docs.lay_out(length, q_NHD.device)
-            out_NHD = kernel.window_attention(q_NHD, k_NKD, v_NKD, wide)
-            found["window is full"] = agree("window of w = T", out_NHD, full_NHD, bound)
-    del first, second
-    grads = [torch.autograd.grad(docs.complete(), docs.leaves, docs.grad_NHD) for _ in range(2)]
-    if not all(bool(torch.isfinite(t).all()) for t in grads[0]):
-        raise Wrong("gradients: not finite")
-    equal = [torch.equal(a, b) for a, b in zip(*grads, strict=True)]
-    return found | {"gradients with the same bits twice": sum(equal) / len(equal)}
-
-
-def full_attention(docs: Documents) -> Tensor:
-    """Causal attention of documents of one length by torch, any back-end: (N, H, D)."""
-    setting, shape = docs.setting, (len(docs.lengths), docs.lengths[0])
-    q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in docs.leaves[:3])
-    gqa = setting.heads != setting.kv_heads
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    return out.transpose(1, 2).flatten(0, 1)

@@ -1,9 +1,9 @@
 """Where NSA's time goes, kernel by kernel beside its roofline, and which way round selection pays.
 
-The roofline is that of kernels/nsa/README.md: products at 600 TFLOP/s, bytes at 4.8 TB/s (device
-memory; at 5.5 TB/s where keys come from the L2 cache), the larger of the two times. Products are
-those that a kernel makes, so 7 for the 2 of a forward pass where it makes weights again for queries
-and for keys.
+The roofline is the larger of two times, of products and of bytes (of device memory, or where keys
+come from it of the L2 cache), at the peaks of gpu_roofline.py; beside it that of
+kernels/nsa/README.md, with the products' sustained rate instead. Products are those that a kernel
+makes, so 7 for the 2 of a forward pass where it makes weights again for queries and for keys.
 
 Shapes: N tokens, H query heads, K key/value heads, D head width, M compressed blocks, n chosen
 blocks.
@@ -11,21 +11,20 @@ blocks.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_cases import Arm, Case, Work, agree
-from nsa_gpu_inputs import BOUND, Documents, Setting, check_documents, check_setting, passes
+from gpu_cases import Arm, Case, Work
+from gpu_roofline import BYTES_PER_S, FLOPS_PER_S, L2_BYTES_PER_S, SUSTAINED_FLOPS_PER_S
+from nsa_gpu_checks import WAYS, check_documents, check_setting, compare_ways, keys_first
+from nsa_gpu_inputs import Documents, Setting, passes
 
 from tiny_onn_kernels.nsa import kernel, kernel_band, kernel_select, kernel_selected_plan
 from tiny_onn_kernels.nsa.select import overlap_taps
 
-TFLOPS, MEMORY_TBS, L2_TBS = 600.0, 4.8, 5.5
-CHECKED_GROUP_TOKENS = 300
 Makers = dict[str, Callable[[], Callable[[], Any]]]
 
 
@@ -94,7 +93,7 @@ def auto_goes_keys_first(setting: Setting) -> bool:
 
 
 def roofline(setting: Setting, length: int) -> dict[str, tuple[float, float, float]]:
-    """Operations, bytes and TB/s of each kernel on one document: computed, not measured."""
+    """Operations, bytes and bytes/s of each kernel on one document: computed, not measured."""
     size = 2 if setting.dtype == torch.bfloat16 else 4
     heads, kv_heads, width = setting.heads, setting.kv_heads, setting.width
     blocks = kernel.num_compressed(length, setting.block, setting.stride)
@@ -109,45 +108,50 @@ def roofline(setting: Setting, length: int) -> dict[str, tuple[float, float, flo
     for name, pairs in seen.items():
         keys = size * rows[name] * kv_heads * width
         product = 2.0 * heads * width * pairs
-        found[f"{name} forward"] = (2 * product, 2.0 * (queries + keys), MEMORY_TBS)
+        found[f"{name} forward"] = (2 * product, 2.0 * (queries + keys), BYTES_PER_S)
         # q, o, do read and dq written, then q and do once more; keys and their gradients
-        found[f"{name} backward"] = (7 * product, 6.0 * queries + 6.0 * keys, MEMORY_TBS)
+        found[f"{name} backward"] = (7 * product, 6.0 * queries + 6.0 * keys, BYTES_PER_S)
     _, weights = overlap_taps(setting.block, setting.stride, setting.select_block)
     again = len(weights) / (setting.select_block // setting.stride)
     found["choose"] = (
         again * found["compressed forward"][0] / 2,
         queries + size * blocks * kv_heads * width,
-        MEMORY_TBS,
+        BYTES_PER_S,
     )
     product, groups = found["selected forward"][0] / 2, heads // kv_heads
     if auto_goes_keys_first(setting):  # rows of queries, outputs and gradients, for every pair
         pairs = kv_heads * sum(min(setting.count, t // setting.select_block + 1) for t in tokens)
         row = float(size * groups * width * pairs)
-        found["selected forward"] = (2 * product, 3 * row, MEMORY_TBS)
-        found["selected backward"] = (5 * product, 4 * row, MEMORY_TBS)
+        found["selected forward"] = (2 * product, 3 * row, BYTES_PER_S)
+        found["selected backward"] = (5 * product, 4 * row, BYTES_PER_S)
     else:  # keys again for every token and group
         read = 2.0 * size * seen["selected"] * kv_heads * width
-        found["selected forward"] = (2 * product, read, L2_TBS)
-        found["selected backward"] = (7 * product, read, L2_TBS)
+        found["selected forward"] = (2 * product, read, L2_BYTES_PER_S)
+        found["selected backward"] = (7 * product, read, L2_BYTES_PER_S)
     return found
 
 
 def against_roofline(
     setting: Setting, length: int, seconds: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Achieved TFLOP/s and TB/s of each kernel, its floor in ms and how much of it is reached."""
+    """Achieved TFLOP/s and TB/s of each kernel, its floor in ms and how much of it is reached; both
+    again with products at the sustained rate."""
     found = {}
     for name, (operations, moved, rate) in roofline(setting, length).items():
         if name not in seconds:
             continue
-        floor_s = max(operations / TFLOPS, moved / rate) / 1e12
+        products_s, bytes_s = operations / FLOPS_PER_S, moved / rate
+        floor_s = max(products_s, bytes_s)
+        sustained_s = max(operations / SUSTAINED_FLOPS_PER_S, bytes_s)
         found[name] = {
             "tflops": round(operations / seconds[name] / 1e12, 2),
             "tbs": round(moved / seconds[name] / 1e12, 3),
-            "of": "L2" if rate == L2_TBS else "memory",
-            "bound": "products" if operations / TFLOPS > moved / rate else "bytes",
+            "of": "L2" if rate == L2_BYTES_PER_S else "memory",
+            "bound": "products" if products_s > bytes_s else "bytes",
             "floor_ms": round(floor_s * 1e3, 4),
             "reached": round(floor_s / seconds[name], 3),
+            "sustained_ms": round(sustained_s * 1e3, 4),
+            "sustained_reached": round(sustained_s / seconds[name], 3),
         }
     return found
 
@@ -167,20 +171,6 @@ def kernel_case(setting: Setting, length: int) -> Case:
     return Case(name, setting.shapes(length, 1), build, limit_s=2.0)
 
 
-@contextmanager
-def keys_first(wanted: bool) -> Iterator[None]:
-    """The selected branch block by block, or token by token, whatever would move less."""
-    before = kernel_selected_plan.KEYS_FIRST_SHARE
-    kernel_selected_plan.KEYS_FIRST_SHARE = math.inf if wanted else 0.0
-    try:
-        yield
-    finally:
-        kernel_selected_plan.KEYS_FIRST_SHARE = before
-
-
-WAYS = {"queries first": False, "keys first": True}
-
-
 def group_case(setting: Setting, groups: int, length: int) -> Case:
     """The selected branch both ways round, as many query heads in groups of ``groups``."""
     heads = max(groups, setting.heads // 4)
@@ -188,35 +178,13 @@ def group_case(setting: Setting, groups: int, length: int) -> Case:
         setting, name=f"{setting.name} G={groups}", heads=heads, kv_heads=heads // groups
     )
 
-    def selected(docs: Documents, index_NKn: torch.Tensor) -> Callable[[], torch.Tensor]:
-        tensors = docs.leaves[:3]
-        return lambda: kernel.selected_attention(*tensors, index_NKn, docs.layout)
-
-    def choice(docs: Documents) -> torch.Tensor:
-        with torch.no_grad():
-            return docs.attend()[1]
-
     def build(device: torch.device) -> Work:
         docs = Documents(setting, (length,), device)
-
-        def check() -> dict[str, float]:
-            small = Documents(setting, (min(length, CHECKED_GROUP_TOKENS),), device)
-            index_NKn, both = choice(small), []
-            for wanted in WAYS.values():
-                with keys_first(wanted):
-                    out_NHD = selected(small, index_NKn)()
-                    grads = torch.autograd.grad(out_NHD, small.leaves[:3], small.grad_NHD)
-                both.append([out_NHD, *grads])
-            bound = 2 * BOUND[setting.dtype]  # both are rounded
-            names = ("out", "q", "k", "v")
-            return {
-                name: agree(f"{name}, keys first and queries first", a, b, bound)
-                for name, a, b in zip(names, *both, strict=True)
-            }
-
-        index_NKn = choice(docs)
-        forward = selected(docs, index_NKn)
-        makers = passes(forward, docs.leaves[:3], docs.grad_NHD)
+        with torch.no_grad():
+            index_NKn = docs.attend()[1]
+        leaves = docs.leaves[:3]
+        forward = partial(kernel.selected_attention, *leaves, index_NKn, docs.layout)
+        makers = passes(forward, leaves, docs.grad_NHD)
         arms = {
             f"{way} {word}": Arm(_held_to(wanted, makers[word]), ours=True)
             for way, wanted in WAYS.items()
@@ -227,6 +195,7 @@ def group_case(setting: Setting, groups: int, length: int) -> Case:
             for word in ("forward", "forward+backward")
         }
         auto = {"auto": "keys first" if auto_goes_keys_first(setting) else "queries first"}
+        check = partial(compare_ways, docs, index_NKn)
         return Work(arms, check, ratios, derive=lambda seconds: auto)
 
     return Case(f"keys first {setting.name} {length}", setting.shapes(length, 1), build, True, 2.0)

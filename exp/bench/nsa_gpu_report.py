@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from attention import crossing, crossing_text
-from timing import print_table
+from gpu_roofline import SUSTAINED_FLOPS_PER_S
+from timing import print_table, text
 
 RIVALS = {"flash": "FA2 class", "cudnn": "FA3 class"}
 BOTH = "forward+backward"
@@ -15,7 +16,7 @@ RATIOS = {
     "both": BOTH + ", {} over nsa",
     "both, our graph": BOTH + ", {} over nsa graph",
 }
-MISSING = "-"
+MISSING, ENDS = "-", ("p5", "p95")
 
 Record = Mapping[str, Any]
 
@@ -34,8 +35,7 @@ def _ms(record: Record, arm: str) -> str:
     found = record["arms"].get(arm, {})
     if found.get("status") != "timed":
         return found.get("status", MISSING)
-    ms = found["ms"]
-    return f"{ms['median']:,.3f} ({ms['p5']:,.3f}..{ms['p95']:,.3f})"
+    return text(found["ms"], 3, ENDS)
 
 
 def _mib(record: Record, arm: str) -> str:
@@ -48,7 +48,7 @@ def ratio_text(record: Record, name: str) -> str:
     found = record["ratios"].get(name)
     if found is None:
         return MISSING
-    words = f"{found['median']:.2f} ({found['p5']:.2f}..{found['p95']:.2f})"
+    words = text(found, 2, ENDS)
     if "target" in found:
         reached = "reached" if found["median"] >= found["target"] else "MISSED"
         words += f", target >= {found['target']:g}: {reached}"
@@ -143,9 +143,11 @@ def _kernel_rows(record: Record) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name in sorted(timed, key=lambda n: -timed[n]["ms"]["median"]):
         found = record["derived"].get(name)
-        limits = [MISSING] * 4
+        limits = [MISSING] * 5
         if found is not None:
             limits = [f"{found['tflops']:,.1f}", f"{found['tbs']:.2f} ({found['of']})"]
             limits += [f"{found['floor_ms']:.3f} ({found['bound']})", f"{found['reached']:.0%}"]
+            limits += [f"{found['sustained_ms']:.3f} ({found['sustained_reached']:.0%})"]
         rows.append([name, _ms(record, name), *limits])
-    return ["kernel", "ms", "TFLOP/s", "TB/s", "roofline ms", "reached"], rows
+    sustained = f"at {SUSTAINED_FLOPS_PER_S / 1e12:.0f} TFLOP/s"
+    return ["kernel", "ms", "TFLOP/s", "TB/s", "roofline ms", "reached", sustained], rows

@@ -1,7 +1,8 @@
 """What NSA is measured against: dense attention, and public NSA kernels where they are at hand.
 
 A rival is a function without arguments that sets up, raises Unavailable where it cannot run, and
-returns (forward, leaves, grad). Dense ones are given queries, keys and values alone.
+returns what is Ready. Dense ones are given queries, keys and values alone, and must agree with the
+first of them that runs.
 
 Public kernels come from clones in the folder of ``--third-party`` (measured, never kept here), and
 are compared with the same function of ours: mean pooling, compressed and selected branch, two
@@ -22,11 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import Unavailable
+from gpu_cases import NotAtHand, Unavailable, agree
 from nsa_gpu_inputs import Documents
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,13 +36,86 @@ from tiny_onn.model.packed_attention import torch_varlen
 from tiny_onn_kernels.nsa import kernel
 
 PROBED_TOKENS = 64
-Ready = tuple[Callable[[], Any], Sequence[Tensor], Tensor]
+DENSE_NAMES, SPARSE_NAMES = ("out", "q", "k", "v"), ("out", "q", "k", "v", "gate")
+COVERED_BOUND, NEAR_TIES_BOUND = 5e-2, 0.3
+"""Of public NSA kernels, which round more often: where all blocks are chosen, and where near ties
+may be chosen differently."""
+
+
+class Ready(NamedTuple):
+    """What passes are made of; packed: an output as (N, H, D)."""
+
+    forward: Callable[[], Any]
+    leaves: Sequence[Tensor]
+    grad: Tensor
+    packed: Callable[[Tensor], Tensor] = lambda out: out
+
+
+def packed_results(ready: Ready, docs: Documents) -> list[Tensor]:
+    """Output (N, H, D) and gradients in the shapes of ``docs``: of heads that were repeated the
+    sum."""
+    out = ready.forward()
+    found = [ready.packed(out.detach())]
+    for grad, leaf in zip(
+        torch.autograd.grad(out, ready.leaves, ready.grad), docs.leaves, strict=False
+    ):
+        repeated = grad.shape != leaf.shape
+        found.append(grad.unflatten(1, (leaf.shape[1], -1)).sum(dim=2) if repeated else grad)
+    return found
+
+
+class Peers:
+    """Programs for one function of which none is the truth: all must agree with the first."""
+
+    def __init__(self, bound: float) -> None:
+        self.bound, self.first = bound, ("", [])
+        self.errors: dict[str, float] = {}
+
+    def join(self, name: str, names: Sequence[str], results: Sequence[Tensor]) -> None:
+        """Raises Wrong."""
+        if not self.first[0]:
+            self.first = (name, results)
+            return
+        for what, a, b in zip(names, results, self.first[1], strict=True):
+            title = f"{name} against {self.first[0]}, {what}"
+            self.errors[title] = agree(title, a, b, self.bound)
+
+
+def checked_dense(name: str, rival: Callable[[], Ready], docs: Documents, peers: Peers) -> Ready:
+    """Dense attention, ready once it agrees with its peers."""
+    ready = rival()
+    peers.join(name, DENSE_NAMES, packed_results(ready, docs))
+    return ready
+
+
+def checked_sparse(
+    rival: Callable[[Documents], Ready], docs: Documents, notes: dict[str, float]
+) -> Ready:
+    """A public NSA kernel, ready once it does what ours does without window.
+
+    Outputs and gradients on documents so short that all blocks are chosen; at the measured length
+    the output, where near ties may be chosen differently, within a wide bound.
+    """
+    setting, device = docs.setting, docs.grad_NHD.device
+    short = Documents(setting, (setting.count * setting.select_block,), device)
+    both = [packed_results(make(short), short) for make in (rival, ours_without_window)]
+    for name, a, b in zip(SPARSE_NAMES, *both, strict=True):
+        notes[f"all blocks, {name}"] = agree(f"all blocks chosen, {name}", a, b, COVERED_BOUND)
+    ready = rival(docs)
+    with torch.no_grad():
+        got, expected = ready.forward(), ours_without_window(docs).forward()
+    notes["relative RMS difference"] = agree("out", got, expected, NEAR_TIES_BOUND)
+    return ready
 
 
 def _batched(docs: Documents, *tensors: Tensor) -> list[Tensor]:
     """Views (B, H, T, D) of packed tensors."""
     shape = (len(docs.lengths), docs.lengths[0])
     return [t.unflatten(0, shape).transpose(1, 2) for t in tensors]
+
+
+def _packed(out_BHTD: Tensor) -> Tensor:
+    return out_BHTD.transpose(1, 2).flatten(0, 1)
 
 
 def _refusal(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> str | None:
@@ -76,7 +150,7 @@ def sdpa(docs: Documents, backend: SDPBackend, notes: dict[str, str]) -> Ready:
         if why is None:
             notes[backend.name] = way
             forward = partial(lambda leaves: attend(*_batched(docs, *leaves)), leaves)
-            return forward, leaves, *_batched(docs, docs.grad_NHD)
+            return Ready(forward, leaves, *_batched(docs, docs.grad_NHD), _packed)
         refusals.append(f"{way}: {why}")
     raise Unavailable(" | ".join(refusals))
 
@@ -91,7 +165,8 @@ def varlen(docs: Documents) -> Ready:
         raise Unavailable(f"torch.nn.attention.varlen: {error}") from error
     cu_B1 = torch.tensor([0, *docs.lengths], device=docs.grad_NHD.device).cumsum(0).int()
     lengths = (cu_B1, cu_B1, max(docs.lengths), max(docs.lengths))
-    return lambda: attend(*docs.leaves[:3], *lengths, True), docs.leaves[:3], docs.grad_NHD
+    leaves = docs.leaves[:3]
+    return Ready(lambda: attend(*leaves, *lengths, True), leaves, docs.grad_NHD)
 
 
 def flash_attn(docs: Documents, module: str) -> Ready:
@@ -105,7 +180,8 @@ def flash_attn(docs: Documents, module: str) -> Ready:
         out = attend(*(t.unflatten(0, shape) for t in docs.leaves[:3]), causal=True)
         return out[0] if isinstance(out, tuple) else out  # 3 gives log-sum-exps too
 
-    return forward, docs.leaves[:3], docs.grad_NHD.unflatten(0, shape)
+    grad = docs.grad_NHD.unflatten(0, shape)
+    return Ready(forward, docs.leaves[:3], grad, lambda out: out.flatten(0, 1))
 
 
 def ours_without_window(docs: Documents) -> Ready:
@@ -120,16 +196,16 @@ def ours_without_window(docs: Documents) -> Ready:
         selected_NHD = kernel.selected_attention(q_NHD, k_NKD, v_NKD, index_NKn, layout)
         return gates[0] * out_NHD + gates[1] * selected_NHD
 
-    return forward, docs.leaves[:4], docs.grad_NHD
+    return Ready(forward, docs.leaves[:4], docs.grad_NHD)
 
 
 def _third_party(folder: Path | None, clone: str, module: str) -> Any:
     """``module`` of a clone somewhere below ``folder``."""
     if folder is None or not folder.is_dir():
-        raise Unavailable(f"not at hand: --third-party names no folder with a clone of {clone}")
+        raise NotAtHand(f"not at hand: --third-party names no folder with a clone of {clone}")
     found = sorted(folder.glob(f"*/{module.split('.')[0]}"))
     if not found:
-        raise Unavailable(f"not at hand: no clone of {clone} in {folder}")
+        raise NotAtHand(f"not at hand: no clone of {clone} in {folder}")
     if str(found[0].parent) not in sys.path:
         sys.path.append(str(found[0].parent))
     try:
@@ -162,7 +238,7 @@ def xunhao(docs: Documents, folder: Path | None) -> Ready:
         gates = logits_NH3.sigmoid()[..., None].unbind(dim=2)
         return gates[0] * out_NHD + gates[1] * selected_NHD
 
-    return forward, docs.leaves[:4], docs.grad_NHD
+    return Ready(forward, docs.leaves[:4], docs.grad_NHD)
 
 
 def fla(docs: Documents, folder: Path | None) -> Ready:
@@ -180,7 +256,7 @@ def fla(docs: Documents, folder: Path | None) -> Ready:
             block_size=docs.setting.select_block,
         )[0]
 
-    return forward, docs.leaves[:4], docs.grad_NHD
+    return Ready(forward, docs.leaves[:4], docs.grad_NHD)
 
 
 def as_fla(docs: Documents) -> Documents:

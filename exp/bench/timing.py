@@ -128,14 +128,29 @@ def spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> dict
     }
 
 
+def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
+    """Median, 5th and 95th percentile (linear between neighbours) and number of ``values`` times
+    ``scale``: as :func:`spread`, for repeats so many that some are outliers."""
+    ordered = sorted(scale * value for value in values)
+
+    def percentile(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    found = {"median": median(ordered), "p5": percentile(0.05), "p95": percentile(0.95)}
+    return {name: round(value, 5) for name, value in found.items()} | {"repeats": len(ordered)}
+
+
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
     """Spread of slow / fast, round by round."""
     return spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-def text(values: Mapping[str, Any], digits: int = 2) -> str:
-    """``median (min..max)``."""
-    low, high = (f"{values[name]:,.{digits}f}" for name in ("min", "max"))
+def text(values: Mapping[str, Any], digits: int = 2, ends: tuple[str, str] = ("min", "max")) -> str:
+    """``median (min..max)``, or other ``ends`` that ``values`` names."""
+    low, high = (f"{values[name]:,.{digits}f}" for name in ends)
     return f"{values['median']:,.{digits}f} ({low}..{high})"
 
 

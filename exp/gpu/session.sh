@@ -2,8 +2,10 @@
 # One lent GPU, 30 minutes: preset base (NETWORK=sparse or dense) trained in the background
 # (20 minutes here) and scored.
 #
-#   bash exp/gpu/session.sh test      the gpu-marked tests (in a lease of their own: about 2 minutes)
-#   bash exp/gpu/session.sh bench     kernels of NSA and the experts (9 minutes; a rerun goes on)
+#   bash exp/gpu/session.sh test      the gpu-marked tests (about 2 minutes, in a lease of their own),
+#                                     then all others whose kernels run on the GPU where there is one
+#   bash exp/gpu/session.sh bench     kernels of NSA and the experts (9 minutes; a rerun goes on where
+#                                     the results in .carried/, if any, end)
 #   bash exp/gpu/session.sh start     training in a session of its own (survives the call)
 #   bash exp/gpu/session.sh wait [S]  keeps the machine busy for S seconds, shows progress
 #   bash exp/gpu/session.sh collect   predicts with full voting, scores, copies results to $OUT
@@ -20,6 +22,7 @@ TRAIN_ARGS=${TRAIN_ARGS:-preset=base network=$NETWORK budget.minutes=20}
 OUT=${OUT:-exp/results/gpu}
 SITE=${SITE:-/tmp/site}
 mkdir -p "$OUT" runs
+export OUT # benchmarks write there after every case
 if ls .whl/*.whl >/dev/null 2>&1 && [ ! -d "$SITE" ]; then
   "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" .whl/*.whl
 fi
@@ -35,14 +38,23 @@ train() {
 
 case "${1:-start}" in
   test)
-    "$PYTHON" -m pytest -q -m gpu tests 2>&1 | tee "$OUT/gpu_tests.log" | tail -n 30
+    rc=0
+    jobs=()
+    "$PYTHON" -c 'import xdist' 2>/dev/null && jobs=(-n 8) # mostly compiling
+    "$PYTHON" -m pytest -q -m gpu tests 2>&1 | tee "$OUT/gpu_tests.log" | tail -n 30 || rc=$?
+    "$PYTHON" -m pytest -q -m "not gpu" "${jobs[@]}" tests/kernels tests/test_ops.py \
+      tests/model/test_{gate,compiled_kernels,nsa_triton}.py 2>&1 |
+      tee "$OUT/value_tests.log" | tail -n 30 || rc=$?
+    exit $rc
     ;;
   bench)
     rc=0
-    cp -n .carried/bench_*_gpu.json exp/results/ 2>/dev/null || true # what an earlier lease finished
-    "$PYTHON" exp/bench/nsa_gpu.py ${ARGS:-} || rc=$?
-    "$PYTHON" exp/bench/moe_gpu.py ${ARGS:-} || rc=$?
-    cp exp/results/bench_{nsa,moe}_gpu.json "$OUT/"
+    mkdir -p exp/results
+    cp .carried/bench_*_gpu.json exp/results/ 2>/dev/null || true # what an earlier lease finished
+    for name in nsa moe; do # both run, whatever the first one finds
+      "$PYTHON" "exp/bench/${name}_gpu.py" ${ARGS:-} || rc=$?
+      cp "exp/results/bench_${name}_gpu.json" "$OUT/" 2>/dev/null || true
+    done
     exit $rc
     ;;
   start)

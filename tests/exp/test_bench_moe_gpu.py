@@ -80,6 +80,18 @@ def test_experts_fire_for_the_shares_asked_for(script):
     assert arms.shares(4, 1, "even").tolist() == [0.25] * 4
 
 
+def test_another_batch_never_changes_what_is_kept_for_the_backward_pass(script, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
+    cases, tiny = script("bench", "moe_gpu_case"), script("bench", "moe_gpu").TINY
+    token_bytes = tiny.experts * 2 * tiny.hidden * tiny.dtype.itemsize
+    for most, tokens in ((0, 63), (50, 37), (62, 37), (63, 63)):
+        monkeypatch.setattr(cases.kernel, "MOST_SAVED_BYTES", most * token_bytes)
+        made = cases.Experts(tiny, None, cases.torch.device("cpu"))
+        inputs = made._another_batch()
+        assert len(inputs.x) == len(inputs.mask) == len(inputs.grad) == tokens
+        assert cases.kernel.saves_inner(inputs.x, inputs.gate_up) == made.saved == (most >= 50)
+
+
 def record(**ms):
     """As the harness writes it: medians by arm, ratios to ours, forward and backward."""
     arms = {
