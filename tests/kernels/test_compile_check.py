@@ -27,8 +27,3 @@ def test_the_kernels_of_one_workload_compile_within_their_bounds():
     }  # fmt: skip
     assert set(kernels) == expected
     assert re.search(r"^\d+ compiled, 0 faulty$", done.stdout, re.M)
-
-
-@pytest.mark.slow
-def test_a_name_that_fits_no_workload_is_no_success():
-    assert compile_check("--only", "nothing is called so").returncode == 1
