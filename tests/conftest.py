@@ -1,7 +1,9 @@
 """Every test: OpenMP threads sleep while they wait; GPU tests are skipped where there is none."""
 
+import importlib.util
 import json
 import os
+import types
 
 # Read when torch is first imported: spinning threads of two processes slow each other tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,6 +24,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_prepares_once():
+    """Triton's interpreter goes through all of triton.language for every call of a function inside
+    a kernel, though the kernel's launch has done so: a third of its time. Here once a launch."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    launch, prepare, done = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def prepare_once(function):
+        kind = frozenset(
+            value.__name__
+            for value in function.__globals__.values()
+            if isinstance(value, types.ModuleType) and value.__name__.startswith("triton.language")
+        )
+        if kind in done:
+            return interpreter._LangPatchScope()
+        done.add(kind)
+        return prepare(function)
+
+    def launch_anew(self, *args, **kwargs):
+        done.clear()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            done.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
 
 
 @pytest.fixture

@@ -283,7 +283,7 @@ def test_mixed_dtypes_are_refused(kernel):
         kernel.window_attention(q, k.half(), v, case.layout())
 
 
-def test_operations_have_true_schemas_and_fakes(kernel, device, order):
+def test_operations_have_true_schemas_and_fakes(kernel, device):
     from tiny_onn_kernels.nsa import kernel_band, kernel_decode, kernel_select, kernel_selected
     from tiny_onn_kernels.nsa.selected import invert_index
 
