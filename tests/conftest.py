@@ -15,7 +15,9 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where torch sees no CUDA device."""
+    """Slow tests first, so that no process ends the suite alone with one; and skip what is marked
+    ``gpu`` where torch sees no CUDA device."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
