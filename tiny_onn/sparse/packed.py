@@ -232,14 +232,16 @@ def unpack(packed: PackedTensor) -> Tensor:
         UserError: values and meta that belong to no packed tensor: types, shapes, codes.
     """
     values, meta = packed
-    m = packed.pattern.m
-    expected = {torch.uint8: None, torch.int16: None, torch.int32: None}
-    codes_per_row = values.shape[-1] // packed.pattern.n
-    if (
-        meta.dtype not in expected
-        or meta.shape[:-1] != values.shape[:-1]
-        or meta.shape[-1] * meta.element_size() * 2 != codes_per_row
-    ):
+    n, m = packed.pattern.n, packed.pattern.m
+    fits = (
+        meta.dtype in (torch.uint8, torch.int16, torch.int32)
+        and meta.shape[:-1] == values.shape[:-1]
+        and meta.shape[-1] * meta.element_size() * 2 * n == values.shape[-1]
+    )
+    if fits and packed.layout == "hardware":
+        eights = 16 if meta.dtype == torch.int32 else 32
+        fits = meta.shape[-2] % eights == 0 and meta.shape[-1] % 2 == 0
+    if not fits:
         raise UserError(
             f"values {tuple(values.shape)} and meta {tuple(meta.shape)} of {meta.dtype} make no "
             "packed tensor; read both from one file"
