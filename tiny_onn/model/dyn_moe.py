@@ -67,6 +67,11 @@ class DynMoE(nn.Module):
         shared = config.expert_weights == "shared_k24"
         self.experts = Experts(width, config.expert_width, config.experts, k24, shared)
 
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """Those whose rows (first dimension) are experts: all but weights that experts share."""
+        shared = {id(p) for p in (self.experts.gate_up, self.experts.down) if self.experts.shared}
+        return [p for p in self.parameters() if id(p) not in shared]
+
     def forward(self, x_NC: Tensor, routing: RoutingLog | None = None) -> Tensor:
         """(N, C). What was routed where is added to ``routing``, with all rows as real ones."""
         decision = self.gate(x_NC)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tiny_onn.model.k24_parts import K24Parts
 from tiny_onn.ops import run_experts
+from tiny_onn.sparse.k24_layer import PatternMask
 
 SAMPLES = 256
 """Tokens, evenly spaced, from which the activity in front of ``down`` is measured: the kernels keep
@@ -81,6 +82,10 @@ class Experts(nn.Module):
         if self.shared and overlaps is not None:
             overlaps += [found for found in (first, second) if found is not None]
         return gate_up_EHC, down_ECF
+
+    def patterns(self) -> list[PatternMask]:
+        """The masks of both matrices; none without ``k24``."""
+        return [p for p in (self.gate_up_pattern, self.down_pattern) if p is not None]
 
     @torch.no_grad()
     def _observe(self, x_NC: Tensor, runs_NE: Tensor, gate_up_EHC: Tensor) -> None:

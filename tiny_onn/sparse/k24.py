@@ -76,12 +76,12 @@ def pattern_logits(score_AOI: Tensor, kappa: float) -> Tensor:
 
 def gumbel_noise(like_KX: Tensor, seed: int) -> Tensor:
     """Standard Gumbel numbers in ``like_KX``'s shape, type and device, from a stream of their own:
-    the same for the same seed and device type, and no other stream moves."""
+    the same for the same seed and device type, and no other stream moves. Always finite."""
     generator = torch.Generator(like_KX.device)
     generator.manual_seed(seed % (1 << 63))
-    noise = torch.empty(like_KX.shape, dtype=like_KX.dtype, device=like_KX.device)
-    tiny = torch.finfo(noise.dtype).tiny
-    return noise.exponential_(generator=generator).clamp_(min=tiny).log_().neg_()
+    uniform = torch.empty(like_KX.shape, dtype=like_KX.dtype, device=like_KX.device)
+    uniform.uniform_(generator=generator).clamp_(min=torch.finfo(uniform.dtype).tiny)
+    return uniform.log_().neg_().log_().neg_()
 
 
 def kept(pattern_KX: Tensor) -> Tensor:
@@ -96,19 +96,26 @@ def _scored(entry_mX: Tensor) -> Tensor:
     return torch.stack([entries[i] + entries[j] for i, j in PAIRS])
 
 
+def _one_hot(value_KX: Tensor) -> Tensor:
+    """bool (K, ...): the largest of each group, of equal ones the first; none beside a NaN."""
+    best_X = value_KX.amax(dim=0)
+    free_X = torch.ones_like(best_X, dtype=torch.bool)
+    chosen: list[Tensor] = []
+    for value_X in value_KX.unbind(0):  # argmax along a first dimension is slow on a CPU
+        chosen.append((value_X == best_X) & free_X)
+        free_X = free_X & ~chosen[-1]
+    return torch.stack(chosen)
+
+
 class _HardMask(torch.autograd.Function):
     """y M for the pattern of the largest noisy logit; the gradient is the softmax's."""
 
     @staticmethod
     def forward(ctx: Any, logits_KX: Tensor, noise_KX: Tensor, tau: float) -> Tensor:
         noisy_KX = logits_KX + noise_KX
-        chosen_X = noisy_KX.argmax(dim=0)
-        soft_KX = (noisy_KX / tau).softmax(dim=0)
-        ctx.save_for_backward(soft_KX)
+        ctx.save_for_backward((noisy_KX / tau).softmax(dim=0))
         ctx.tau = tau
-        number_K = torch.arange(len(PAIRS), device=chosen_X.device)
-        one_hot_KX = chosen_X == number_K.view(-1, *(1,) * chosen_X.dim())
-        return kept(one_hot_KX.to(logits_KX.dtype))
+        return kept(_one_hot(noisy_KX).to(logits_KX.dtype))
 
     @staticmethod
     @once_differentiable
@@ -137,9 +144,7 @@ def sample_mask(logits_KAOG: Tensor, noise_KAOG: Tensor, tau: float) -> Tensor:
 @torch.no_grad()
 def likeliest_mask(logits_KAOG: Tensor) -> Tensor:
     """bool (A, O, I): the likeliest pattern of each group, of equal ones the first."""
-    number_K = torch.arange(len(PAIRS), device=logits_KAOG.device)
-    one_hot_KX = logits_KAOG.argmax(dim=0) == number_K.view(-1, 1, 1, 1)
-    return by_column(kept(one_hot_KX.to(torch.int8)) > 0)
+    return by_column(kept(_one_hot(logits_KAOG).to(torch.int8)) > 0)
 
 
 @torch.no_grad()
