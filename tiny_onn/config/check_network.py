@@ -188,7 +188,7 @@ def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
                 f"got {name}={width} with model.weights=k24, whose masks keep two weights of every "
                 f"four in a row; expected a multiple of 4; use {width + -width % 4}"
             )
-    if shared and not k24.alpha_init_std:
+    if shared and k24.alpha_init_std == 0:
         raise UserError(
             "got k24.alpha_init_std=0 with moe.expert_weights=shared_k24; expected above 0, for "
             "experts that start equal stay equal; leave it out"

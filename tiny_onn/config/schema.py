@@ -127,7 +127,9 @@ class K24Config:
     )
     momentum: float = key(0.99, "of the average input size, an optimizer step")
     act_stat: Literal["l1", "l2"] = key("l1", "input size: mean |x|, or root mean square (Wanda)")
-    alpha_init_std: float = key(0.1, "spread of alpha (or the free logits) at the start")
+    alpha_init_std: float | None = key(
+        None, "spread of alpha (or free logits) at the start; null: 1 in shared experts, else 0.1"
+    )
     alpha_rank: int = key(0, "alpha is a product of this rank (0: a number a weight and agent)")
     weight_grad: Literal["masked", "straight", "score"] = key(
         "masked",

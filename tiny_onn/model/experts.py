@@ -46,8 +46,8 @@ class Experts(nn.Module):
         nn.init.normal_(self.down, std=hidden**-0.5)
         self.gate_up_pattern = self.down_pattern = None
         if k24 is not None:
-            self.gate_up_pattern = k24.pattern(experts, 2 * hidden, width)
-            self.down_pattern = k24.pattern(experts, width, hidden)
+            self.gate_up_pattern = k24.pattern(experts, 2 * hidden, width, shared)
+            self.down_pattern = k24.pattern(experts, width, hidden, shared)
         self.backend = "loop"
 
     def forward(
