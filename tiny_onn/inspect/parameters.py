@@ -27,7 +27,8 @@ def active_parameters(model: nn.Module, active_experts: Mapping[int, float]) -> 
 
     All of them, but of every table (task, view, token, DeepEmbed) one row, and of each layer's
     experts as many as are active (one pair of matrices where they share it). Gates count whole:
-    every token meets all prototypes. What chooses 2:4 masks is not read: a trained model's are fixed.
+    every token meets all prototypes. What chooses 2:4 masks is not read: once trained, they are
+    fixed.
 
     Args:
         active_experts: mean number of experts that run for a token, by number of the block.

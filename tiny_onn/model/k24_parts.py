@@ -8,7 +8,6 @@ from tiny_onn.config.schema import K24Config
 from tiny_onn.sparse.k24_layer import K24Linear, PatternMask, PatternSettings
 from tiny_onn.sparse.k24_schedule import K24Schedule, ScheduleState
 
-
 ALONE_STD, SHARED_STD = 0.1, 1.0
 """How far alphas are spread at the start. Masks of agents with one weight overlap by 0.97 at 0.1,
 by 0.77 at 1 (0.5 at random); of a single agent the weights' sizes may speak."""
