@@ -58,9 +58,10 @@ class NMPattern:
         size = shape[self.dim]
         if size % self.m:
             below = size // self.m * self.m
+            instead = f"{below} or {below + self.m}" if below else f"{self.m}"
             raise UserError(
                 f"pattern {self} needs a size divisible by {self.m} along dimension {self.dim}, "
-                f"got {size} in {shape}; use {below or self.m} or {below + self.m}"
+                f"got {size} in {shape}; use {instead}"
             )
 
     def group(self, x: Tensor) -> Tensor:

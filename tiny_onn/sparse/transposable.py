@@ -2,6 +2,10 @@
 
 A weight so masked is 2:4 in the forward product and, transposed, in the backward one.
 
+The hardware would also take 96 masks of seven entries, whose eighth would fall on one taken already;
+one of these is better in 3.4% of Gaussian tiles and all of them together gain 0.05% of L1 norm,
+which is not worth masks of two densities.
+
 Shapes: R rows, C columns, both multiples of 4; T = R C / 16 tiles; P = 90 masks.
 """
 
@@ -61,7 +65,10 @@ def transposable_mask(weight: Tensor, check: bool = True) -> Tensor:
     masks = transposable_masks(weight.device)
     scores_of = masks.flatten(1).double().T  # (16, P)
     best = torch.cat(
-        [(some.double() @ scores_of).argmax(-1) for some in tiles.reshape(-1, 16).split(TILES_AT_ONCE)]
+        [
+            (some.double() @ scores_of).argmax(-1)
+            for some in tiles.reshape(-1, 16).split(TILES_AT_ONCE)
+        ]
     )
     chosen = masks[best].view(tiles.shape)
     return chosen.transpose(-2, -3).flatten(-4, -3).flatten(-2)
