@@ -30,23 +30,22 @@ def pairs_of_sequential_draws(a):
 
 
 def pairs_of_systematic_draws(p):
-    """Probability of each selection when all values of u are swept, by its break points."""
-    ends = p.sort(descending=True).values.cumsum(-1)
-    order = p.sort(descending=True).indices
+    """Probability of each selection when all points u are swept, by the break points; entries that
+    are certain are taken out of the line first."""
+    line = torch.where(p >= 1, 0.0, p)
+    ends = line.cumsum(-1)
     breaks = torch.cat([torch.tensor([0.0, 1.0], dtype=p.dtype), ends % 1]).unique()
     found = {}
     for low, high in itertools.pairwise(breaks.tolist()):
         if high - low < 1e-12:  # one break point, twice rounded
             continue
         u = (low + high) / 2
-        starts = torch.cat([torch.zeros(1, dtype=p.dtype), ends[:-1]])
         hit = [
-            int(order[i])
+            i
             for i in range(len(p))
-            if any(starts[i] <= u + t < ends[i] for t in range(2))
+            if p[i] >= 1 or any(ends[i] - line[i] <= u + t < ends[i] for t in range(2))
         ]
-        key = tuple(sorted(hit))
-        found[key] = found.get(key, 0.0) + high - low
+        found[tuple(hit)] = found.get(tuple(hit), 0.0) + high - low
     return found
 
 

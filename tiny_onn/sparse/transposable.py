@@ -2,9 +2,9 @@
 
 A weight so masked is 2:4 in the forward product and, transposed, in the backward one.
 
-The hardware would also take 96 masks of seven entries, whose eighth would fall on one taken already;
-one of these is better in 3.4% of Gaussian tiles and all of them together gain 0.05% of L1 norm,
-which is not worth masks of two densities.
+The hardware would also take 96 masks of seven entries, whose eighth would fall on one taken
+already; one of these is better in 3.4% of Gaussian tiles and all of them together gain 0.05% of L1
+norm, which is not worth masks of two densities.
 
 Shapes: R rows, C columns, both multiples of 4; T = R C / 16 tiles; P = 90 masks.
 """
