@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 from tiny_onn.errors import BackendUnavailable, UserError
 from tiny_onn.sparse.mask import apply_mask, topk_mask
+from tiny_onn.sparse.mvue import METHODS, inclusion_probability, mvue
 from tiny_onn.sparse.packed import pack
 from tiny_onn.sparse.semi_structured import SPARSE_BACKENDS, TILES, convert_weight, refusal
+from tiny_onn.sparse.transposable import transposable_mask
 
 
 def sparse(rows, columns, dtype=torch.bfloat16, device="cpu"):
@@ -124,3 +126,18 @@ def test_torch_packs_on_the_gpu_what_we_pack():
     theirs = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight)
     packed = pack(weight)
     assert torch.equal(packed.values, theirs.packed) and torch.equal(packed.meta, theirs.meta)
+
+
+@pytest.mark.gpu
+def test_masks_and_probabilities_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    x = torch.randint(-3, 4, (256, 512)).float()
+    x[::2] += torch.randn(128, 512)
+    assert torch.equal(topk_mask(x.cuda()).cpu(), topk_mask(x))
+    assert torch.equal(transposable_mask(x.cuda()).cpu(), transposable_mask(x))
+    torch.testing.assert_close(inclusion_probability(x.cuda()).cpu(), inclusion_probability(x))
+    generator = torch.Generator("cuda").manual_seed(0)
+    for method in METHODS:
+        out = mvue(x.cuda(), generator=generator, method=method)
+        assert ((out.cpu() != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all()
+        assert out.isfinite().all()

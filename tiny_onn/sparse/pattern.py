@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import combinations
 
 import torch
@@ -84,11 +83,6 @@ class NMPattern:
         return patterns(self.n, self.m, device)
 
 
-@lru_cache(maxsize=64)
-def _table(n: int, m: int) -> tuple[tuple[bool, ...], ...]:
-    return tuple(tuple(i in kept for i in range(m)) for kept in combinations(range(m), n))
-
-
 def patterns(n: int, m: int, device: torch.device | str | None = None) -> Tensor:
     """bool (C, m): all binary rows with n ones, by the kept places in lexicographic order.
 
@@ -103,7 +97,8 @@ def patterns(n: int, m: int, device: torch.device | str | None = None) -> Tensor
             f"{n}:{m} has {math.comb(m, n)} patterns, more than the {MOST_PATTERNS} of a table; "
             "use a smaller m"
         )
-    return torch.tensor(_table(n, m), dtype=torch.bool, device=device)
+    rows = [[i in kept for i in range(m)] for kept in combinations(range(m), n)]
+    return torch.tensor(rows, dtype=torch.bool, device=device)
 
 
 def place(bad: Tensor, pattern: NMPattern) -> str:

@@ -11,32 +11,32 @@ Shapes: R rows, C columns, both multiples of 4; T = R C / 16 tiles; P = 90 masks
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import product
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
 
 from tiny_onn.errors import UserError
 from tiny_onn.sparse.mask import magnitude
-from tiny_onn.sparse.pattern import NMPattern, patterns, refuse_nonfinite
+from tiny_onn.sparse.pattern import NMPattern, refuse_nonfinite
 
 TILE = 4
 TILES_AT_ONCE = 1 << 15
 """Their scores take 23 MB in float64."""
 
 
-@lru_cache(maxsize=1)
-def _masks() -> Tensor:
-    rows = patterns(2, TILE)
-    tiles = torch.stack([torch.stack(four) for four in product(rows, repeat=TILE)])
-    return tiles[(tiles.sum(dim=1) == 2).all(dim=-1)]
+_ROWS = [[int(i in kept) for i in range(TILE)] for kept in combinations(range(TILE), 2)]
+_MASKS = [
+    rows
+    for rows in product(_ROWS, repeat=TILE)
+    if all(sum(column) == 2 for column in zip(*rows, strict=True))
+]
 
 
 def transposable_masks(device: torch.device | str | None = None) -> Tensor:
     """bool (90, 4, 4): every mask with two ones in each row and column, in lexicographic order of
     the rows' patterns."""
-    return _masks().to(device=device, copy=True)
+    return torch.tensor(_MASKS, dtype=torch.bool, device=device)
 
 
 @torch.no_grad()
