@@ -5,7 +5,10 @@ import torch
 
 from tiny_onn.errors import UserError
 from tiny_onn.sparse.mask import apply_mask, largest, topk_mask
+from tiny_onn.sparse.mvue import mvue_sample
 from tiny_onn.sparse.pattern import NMPattern, patterns
+from tiny_onn.sparse.soft_threshold import soft_threshold
+from tiny_onn.sparse.transposable import transposable_mask
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32]
 
@@ -130,3 +133,16 @@ def test_a_mask_of_fewer_dimensions_is_broadcast_and_keeps_the_type():
 def test_a_mask_that_does_not_fit_is_refused(mask, words):
     with pytest.raises(UserError, match=words):
         apply_mask(torch.zeros(2, 4), mask)
+
+
+def test_unchecked_functions_compile_into_one_graph():
+    """With checks a graph would break at the question whether a NaN is there."""
+    x = torch.randn(8, 16)
+    for call in (
+        lambda x: topk_mask(x, check=False),
+        lambda x: soft_threshold(x, check=False),
+        lambda x: transposable_mask(x, check=False),
+        lambda x: mvue_sample(x, check=False).probability,
+    ):
+        compiled = torch.compile(call, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), call(x))

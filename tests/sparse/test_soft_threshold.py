@@ -70,7 +70,9 @@ def test_beta_is_the_least_squares_scale():
     x = torch.randn(100_000, 4)
     assert beta(x) == pytest.approx(1.483, abs=0.01)
     sparse, best = soft_threshold(x), beta(x)
-    errors = [float((x - scale * sparse).square().sum()) for scale in (best, best - 0.05, best + 0.05)]
+    errors = [
+        float((x - scale * sparse).square().sum()) for scale in (best, best - 0.05, best + 0.05)
+    ]
     assert errors[0] == min(errors)
     assert beta(1e-6 * x) == pytest.approx(best, rel=1e-5)
 

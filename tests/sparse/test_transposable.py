@@ -36,18 +36,23 @@ def test_every_tile_gets_its_best_mask_wherever_it_lies():
 
 
 def test_at_least_as_good_as_torchs_greedy_tile():
-    """Oracle 19; greedy reaches 98.6% of the best L1 norm on average."""
+    """Oracle 19; greedy reaches 98.6% of the best L1 norm on average.
+
+    A tile of seven entries whose missing one is taken already is none of the 90 and can exceed
+    them; greedy ends in some of these.
+    """
     torch.manual_seed(0)
     size = torch.randn(64, 64).abs()
-    best = torch.where(transposable_mask(size), size, 0.0)
-    greedy = _sparse_semi_structured_tile(size.clone())
 
     def per_tile(x):
         return x.unfold(0, 4, 4).unfold(1, 4, 4).sum((-1, -2))
 
-    ratio = per_tile(greedy) / per_tile(best)
-    assert ratio.max() <= 1 + 1e-6
-    assert 0.97 < float(ratio.mean()) < 0.995
+    best = per_tile(torch.where(transposable_mask(size), size, 0.0))
+    kept = _sparse_semi_structured_tile(size.clone())
+    greedy, whole = per_tile(kept), per_tile((kept != 0).float()) == 8
+    assert 0.75 < float(whole.float().mean()) < 0.95
+    assert (greedy <= best + 1e-5)[whole].all()
+    assert 0.98 < float((greedy / best).mean()) < 0.99
 
 
 def test_transposing_commutes():

@@ -1,19 +1,19 @@
 """Minimum-variance unbiased n:m estimates: keep entry i with probability p_i, as x_i / p_i.
 
 The variance of a group, sum_i x_i^2 (1/p_i - 1) subject to sum_i p_i = n and p_i <= 1, is least
-where p is proportional to a = |x| up to a ceiling (water-filling): with a sorted descending and
-R_k = sum_{j>=k} a_j, the first k with (n - k) a_k <= R_k entries are kept for certain and the
-others have p_j = (n - k) a_j / R_k. The entries are drawn by systematic sampling, which has these
-marginals and draws exactly n. Unbiased 2:4 gradients: Chmiel et al., arXiv 2203.10991.
+where p is proportional to a = |x| up to a ceiling (water-filling): the k entries that stand above
+the level, (n - k) a_i > R with R the sum of all others, are kept for certain, the others have
+p_j = (n - k) a_j / R. The entries are drawn by systematic sampling, which has these marginals and
+draws exactly n. Unbiased 2:4 gradients: Chmiel et al., arXiv 2203.10991.
 
 ``approximate`` draws one entry proportional to a, then another proportional to a among the rest
-(its inclusion probabilities have a closed form): unbiased, with a slightly larger variance, and
-without a sort. It exists for n = 2.
+(the probability that either is i has a closed form): unbiased, with a slightly larger variance.
+It exists for n = 2.
 
-Sums of the other entries are summed, never got by subtraction, and groups with at most n nonzeros
-are returned as they are: no input divides by zero.
+Sums of other entries are summed, never got by subtraction, and groups with at most n nonzeros are
+returned as they are: no input divides by zero.
 
-Shapes: G groups, m entries a group.
+Shapes: m entries of a group in front, (m, ...), where sums over them are fast.
 """
 
 from __future__ import annotations
@@ -40,16 +40,21 @@ class Sample(NamedTuple):
 
 
 def _amounts(x: Tensor, pattern: NMPattern, check: bool) -> Tensor:
-    """(..., G, m) |x| in float32 or float64, scaled so that no sum of a group overflows."""
+    """(m, ..., G) |x| in float32 or float64, scaled so that no sum of a group overflows."""
     pattern.check(x)
     if not x.is_floating_point():
         raise UserError(f"an unbiased estimate takes floating-point numbers, got {x.dtype}")
     if check:
         refuse_nonfinite(x, pattern, "the tensor to estimate")
     size = magnitude(x)
-    size = pattern.group(size if size.dtype == torch.float64 else size.float())
+    size = size if size.dtype == torch.float64 else size.float()
+    entries = pattern.group(size).movedim(-1, 0).contiguous()
     share = 0.5 ** pattern.m.bit_length()
-    return torch.where(size.amax(-1, keepdim=True) > 1, size * share, size)
+    return torch.where(entries.amax(0) > 1, entries * share, entries)
+
+
+def _as_before(entries: Tensor, pattern: NMPattern) -> Tensor:
+    return pattern.ungroup(entries.movedim(0, -1))
 
 
 def _method_is_known(method: str, pattern: NMPattern) -> None:
@@ -60,60 +65,45 @@ def _method_is_known(method: str, pattern: NMPattern) -> None:
 
 
 class _WaterLevel(NamedTuple):
-    """Of groups sorted descending: order (..., m) of indices; certain (..., m) bool, p = 1;
-    remaining (..., 1), how many are drawn from the rest; tail (..., m + 1), sums of the rest from
-    each place on, divided by its whole sum (1 until the rest begins, 0 at the end); share
-    (..., m) of each entry in that sum."""
+    """certain (m, ...): bool, p = 1; left (...): how many are drawn from the rest; share (m, ...)
+    of each entry in the rest's sum; ends (m + 1, ...): share of the rest that lies before each
+    entry, 0 first, 1 last."""
 
-    order: Tensor
     certain: Tensor
-    remaining: Tensor
-    tail: Tensor
+    left: Tensor
     share: Tensor
+    ends: Tensor
 
 
 def _water_level(amounts: Tensor, n: int) -> _WaterLevel:
-    a, order = amounts.sort(dim=-1, descending=True, stable=True)
-    m = a.shape[-1]
-    sums = a.flip(-1).cumsum(-1).flip(-1)  # from the smallest upwards
-    left = torch.arange(n, 0, -1, device=a.device)  # n - k for k = 0 .. n - 1
-    fits = a[..., :n] * left <= sums[..., :n]
-    fits[..., -1] = True  # one entry of a sum never exceeds it
-    k = fits.to(torch.int8).argmax(dim=-1, keepdim=True)
-    few = (a[..., n:] > 0).sum(-1, keepdim=True) == 0  # at most n nonzeros: all are certain
-    certain = (torch.arange(m, device=a.device) < k) | few
-    whole = sums.gather(-1, k)
-    whole = torch.where(few | (whole <= 0), 1.0, whole)
-    share = torch.where(certain, 0.0, a / whole)
-    tail = torch.where(certain, 1.0, sums / whole).clamp(max=1.0)
-    tail = torch.cat([tail, torch.zeros_like(tail[..., :1])], dim=-1)
-    return _WaterLevel(order, certain, n - k, tail, share)
-
-
-def _unsort(values: Tensor, order: Tensor) -> Tensor:
-    return torch.empty_like(values).scatter_(-1, order, values)
+    certain = (amounts > 0) & ((amounts > 0).sum(0) <= n)
+    for _ in range(n - 1):  # each pass lowers the level below the entries that stood out of it
+        rest = torch.where(certain, 0.0, amounts)
+        certain = certain | (rest * (n - certain.sum(0)) > rest.sum(0))
+    rest = torch.where(certain, 0.0, amounts)
+    after = rest.flip(0).cumsum(0).flip(0)  # whole sum first; never a difference
+    whole = torch.where(after[0] > 0, after[0], 1.0)
+    ends = torch.cat([1 - after / whole, torch.ones_like(whole)[None]])
+    return _WaterLevel(certain, n - certain.sum(0), rest / whole, ends)
 
 
 def _exact(amounts: Tensor, n: int) -> tuple[Tensor, _WaterLevel]:
     level = _water_level(amounts, n)
-    p = torch.where(level.certain, 1.0, (level.remaining * level.share).clamp(max=1.0))
-    p = torch.where(amounts > 0, _unsort(p, level.order), 0.0)
-    return p, level
+    return torch.where(level.certain, 1.0, (level.left * level.share).clamp(max=1.0)), level
 
 
 def _approximate(amounts: Tensor) -> Tensor:
-    """(..., m): p_j = t_j + sum_{i != j} t_i a_j / (sum of a without a_i), t = a / sum of a."""
-    whole = amounts.sum(-1, keepdim=True)
+    """(m, ...): p_j = t_j + sum_{i != j} t_i a_j / (sum of a without a_i), t = a / sum of a."""
+    whole = amounts.sum(0)
     t = amounts / torch.where(whole > 0, whole, 1.0)
-    p = t
-    for i in range(amounts.shape[-1]):
+    p = t.clone()
+    for i in range(len(amounts)):
         others = amounts.clone()
-        others[..., i] = 0
-        rest = others.sum(-1, keepdim=True)
-        p = p + t[..., i : i + 1] * (others / torch.where(rest > 0, rest, 1.0))
-    few = (amounts > 0).sum(-1, keepdim=True) <= 2
-    p = torch.where(few, 1.0, p.clamp(max=1.0))
-    return torch.where(amounts > 0, p, 0.0)
+        others[i] = 0
+        rest = others.sum(0)
+        p += t[i] * (others / torch.where(rest > 0, rest, 1.0))
+    few = (amounts > 0).sum(0) <= 2
+    return torch.where(amounts > 0, torch.where(few, 1.0, p.clamp(max=1.0)), 0.0)
 
 
 @torch.no_grad()
@@ -130,7 +120,7 @@ def inclusion_probability(
     _method_is_known(method, pattern)
     amounts = _amounts(x, pattern, check)
     p = _exact(amounts, pattern.n)[0] if method == "exact" else _approximate(amounts)
-    return pattern.ungroup(p)
+    return _as_before(p, pattern)
 
 
 @torch.no_grad()
@@ -153,21 +143,19 @@ def mvue_sample(
     amounts = _amounts(x, pattern, check)
     if method == "exact":
         p, level = _exact(amounts, pattern.n)
-        drawn = torch.rand(
-            amounts[..., :1].shape, generator=generator, dtype=p.dtype, device=p.device
-        )
-        # Of the rest, n - k are drawn: place j where a multiple of one, shifted by the draw, lies
-        # between the shares before it and after it.
-        reached = (level.remaining * (1 - level.tail) - drawn).ceil()
-        crossed = reached[..., 1:] > reached[..., :-1]
-        mask = _unsort(level.certain | crossed, level.order) & (amounts > 0)
+        drawn = torch.rand(p.shape[1:], generator=generator, dtype=p.dtype, device=p.device)
+        # An entry of the rest is drawn where its interval of length p, all laid end to end,
+        # holds one of the points drawn, drawn + 1, ...: as many as are left to draw.
+        points = (level.left * level.ends - drawn).ceil()
+        mask = level.certain | ((points[1:] > points[:-1]) & (level.share > 0))
     else:
         p = _approximate(amounts)
         # The largest of a_i / E_i, E exponential, is drawn proportional to a; the next one
         # proportional to a among the rest.
         waits = torch.empty_like(amounts).exponential_(generator=generator)
-        mask = largest(amounts.log() - waits.log(), 2) & (amounts > 0)
-    return Sample(pattern.ungroup(mask), pattern.ungroup(p))
+        order = (amounts.log() - waits.log()).movedim(0, -1)
+        mask = largest(order, 2).movedim(-1, 0) & (amounts > 0)
+    return Sample(_as_before(mask, pattern), _as_before(p, pattern))
 
 
 @torch.no_grad()

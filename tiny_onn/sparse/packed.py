@@ -177,7 +177,7 @@ def _to_hardware(meta: Tensor) -> Tensor:
     parts = meta.reshape(*lead, rows // (8 * interleaved), halves, 2, 8, columns // 2, 2)
     # i, b // 2, b % 2, c, column // 2, column % 2  ->  column // 2, i, c, b // 2, column % 2, b % 2
     order = (*range(d), d + 4, d, d + 3, d + 1, d + 5, d + 2)
-    return parts.permute(order).reshape(meta.shape)
+    return parts.permute(order).reshape(meta.shape).contiguous()
 
 
 def _from_hardware(meta: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def _from_hardware(meta: Tensor) -> Tensor:
     d = len(lead)
     parts = meta.reshape(*lead, columns // 2, rows // (8 * interleaved), 8, halves, 2, 2)
     order = (*range(d), d + 1, d + 3, d + 5, d + 2, d, d + 4)
-    return parts.permute(order).reshape(meta.shape)
+    return parts.permute(order).reshape(meta.shape).contiguous()
 
 
 @torch.no_grad()
@@ -211,9 +211,7 @@ def pack(x: Tensor, pattern: NMPattern = TWO_FOUR, layout: Layout = "hardware") 
     groups = pattern.group(x)
     codes = _encode(groups)
     values = groups.gather(-1, _places(codes, pattern.m)).flatten(-2)
-    meta_dtype = (
-        torch.uint8 if layout == "rows" else HARDWARE[x.dtype, (pattern.n, pattern.m)][2]
-    )
+    meta_dtype = torch.uint8 if layout == "rows" else HARDWARE[x.dtype, (pattern.n, pattern.m)][2]
     per_element = meta_dtype.itemsize * 2
     shifts = torch.arange(per_element, device=x.device) * 4
     meta = (codes.unflatten(-1, (-1, per_element)) << shifts).sum(-1)
@@ -239,8 +237,9 @@ def unpack(packed: PackedTensor) -> Tensor:
         and meta.shape[-1] * meta.element_size() * 2 * n == values.shape[-1]
     )
     if fits and packed.layout == "hardware":
-        eights = 16 if meta.dtype == torch.int32 else 32
-        fits = meta.shape[-2] % eights == 0 and meta.shape[-1] % 2 == 0
+        rows, columns, meta_dtype = HARDWARE.get((values.dtype, (n, m)), (1, 1, None))
+        whole = values.shape[-2] % rows == 0 and packed.shape[-1] % columns == 0
+        fits = meta.dtype == meta_dtype and whole
     if not fits:
         raise UserError(
             f"values {tuple(values.shape)} and meta {tuple(meta.shape)} of {meta.dtype} make no "
@@ -261,9 +260,7 @@ def unpack(packed: PackedTensor) -> Tensor:
     return dense.flatten(-2)
 
 
-def packed_bytes(
-    shape: tuple[int, ...], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR
-) -> int:
+def packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, pattern: NMPattern = TWO_FOUR) -> int:
     """Bytes of a packed tensor, either layout: n/m of the values and 4 bits a code.
 
     Of the dense tensor that is 0.5625 for float16 2:4 and float32 1:2, 0.625 for int8 2:4,

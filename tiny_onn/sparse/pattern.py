@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import combinations
 
 import torch
@@ -58,9 +57,10 @@ class NMPattern:
         size = shape[self.dim]
         if size % self.m:
             below = size // self.m * self.m
+            instead = f"{below} or {below + self.m}" if below else f"{self.m}"
             raise UserError(
                 f"pattern {self} needs a size divisible by {self.m} along dimension {self.dim}, "
-                f"got {size} in {shape}; use {below or self.m} or {below + self.m}"
+                f"got {size} in {shape}; use {instead}"
             )
 
     def group(self, x: Tensor) -> Tensor:
@@ -83,11 +83,6 @@ class NMPattern:
         return patterns(self.n, self.m, device)
 
 
-@lru_cache(maxsize=64)
-def _table(n: int, m: int) -> tuple[tuple[bool, ...], ...]:
-    return tuple(tuple(i in kept for i in range(m)) for kept in combinations(range(m), n))
-
-
 def patterns(n: int, m: int, device: torch.device | str | None = None) -> Tensor:
     """bool (C, m): all binary rows with n ones, by the kept places in lexicographic order.
 
@@ -102,7 +97,8 @@ def patterns(n: int, m: int, device: torch.device | str | None = None) -> Tensor
             f"{n}:{m} has {math.comb(m, n)} patterns, more than the {MOST_PATTERNS} of a table; "
             "use a smaller m"
         )
-    return torch.tensor(_table(n, m), dtype=torch.bool, device=device)
+    rows = [[i in kept for i in range(m)] for kept in combinations(range(m), n)]
+    return torch.tensor(rows, dtype=torch.bool, device=device)
 
 
 def place(bad: Tensor, pattern: NMPattern) -> str:

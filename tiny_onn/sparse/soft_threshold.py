@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tiny_onn.errors import UserError
-from tiny_onn.sparse.mask import TWO_FOUR
+from tiny_onn.sparse.mask import TWO_FOUR, largest
 from tiny_onn.sparse.pattern import NMPattern, refuse_nonfinite
 
 
@@ -40,7 +40,8 @@ def soft_threshold(x: Tensor, pattern: NMPattern = TWO_FOUR, check: bool = True)
         refuse_nonfinite(x, pattern, "the tensor to threshold")
     groups = pattern.group(x)
     size = groups.abs()
-    theta = size.sort(dim=-1, descending=True, stable=True).values[..., pattern.n, None]
+    rest = size.masked_fill(largest(size.detach(), pattern.n), 0)
+    theta = rest.amax(dim=-1, keepdim=True)
     return pattern.ungroup(groups.sign() * (size - theta).relu())
 
 
