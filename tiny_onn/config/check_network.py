@@ -177,6 +177,11 @@ def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
                 "model.weights=k24"
             )
         return
+    if model.ffn not in ("dense", "dynmoe"):
+        raise UserError(
+            f"got model.ffn={model.ffn} with model.weights=k24; expected dense or dynmoe, whose "
+            "matrices can wear masks; use one of them, or model.weights=dense"
+        )
     widths = {"model.width": model.width}
     if not experts or moe.every > 1:
         widths["model.ffn_width"] = model.ffn_width
