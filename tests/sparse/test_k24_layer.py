@@ -172,7 +172,7 @@ def test_the_cached_mask_follows_weights_statistics_and_modes():
 
 def test_overlap_is_told_to_learners_that_ask_only():
     linear = layer(agents=3, kernel="dot")
-    assert 0 < float(linear.pattern(linear.weight)[1]) < 1
+    assert 0 < float(linear.pattern(linear.weight)[1].detach()) < 1
     with torch.no_grad():
         assert linear.pattern(linear.weight)[1] is None
     assert layer(agents=3).pattern(linear.weight)[1] is None
