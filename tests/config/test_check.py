@@ -3,10 +3,11 @@
 import pytest
 
 from tiny_onn.config.check import check_budget, check_schedule
-from tiny_onn.config.check_network import check_moe, check_nsa, check_reset
+from tiny_onn.config.check_network import check_k24, check_moe, check_nsa, check_reset
 from tiny_onn.config.load import load_config
 from tiny_onn.config.schema import (
     BudgetConfig,
+    K24Config,
     ModelConfig,
     MoeConfig,
     NsaConfig,
@@ -111,3 +112,47 @@ def test_a_dense_network_minds_ranges_alone_of_the_parts_that_it_does_not_have()
             load_config(["network=dense", wrong])
     with pytest.raises(UserError, match="moe.experts=1"):
         load_config(["network=sparse", "moe.experts=1", "moe.target_active=2"])
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "moe", "message"),
+    [
+        ({}, {"width": 130}, {}, "model.width=130 .*expected a multiple of 4; use 132"),
+        ({}, {"ffn_width": 50, "ffn": "dense"}, {}, "model.ffn_width=50 .*use 52"),
+        ({}, {"ffn_width": 50}, {"every": 2}, "model.ffn_width=50 .*use 52"),
+        ({}, {}, {"expert_width": 30}, "moe.expert_width=30 .*use 32"),
+        ({}, {"weights": "dense"}, {"expert_weights": "shared_k24"}, "give model.weights=k24"),
+        ({"alpha_init_std": 0.0}, {}, {"expert_weights": "shared_k24"}, "that start equal stay"),
+        ({"alpha_rank": 500}, {}, {}, "alpha_rank=500; expected at most 128"),
+        ({"revive_window": 5, "alpha_rank": 2}, {}, {}, "revive_window=5 with k24.alpha_rank=2"),
+        ({"revive_window": 5, "logits": "free"}, {}, {}, "with k24.logits=free"),
+        ({"reset_kl": 0.1}, {}, {}, "reset_kl=0.1 without k24.reset_interval"),
+        ({"kappa_start": 0.0}, {}, {}, "k24.kappa_start=0.0; expected a number above 0"),
+        ({"tau_end": -1.0}, {}, {}, "k24.tau_end=-1.0; expected a number above 0"),
+        ({"phase_split": 1.0}, {}, {}, "k24.phase_split=1.0; expected a number between 0 and 1"),
+        ({"momentum": 1.0}, {}, {}, "k24.momentum=1.0; expected a number at least 0 and below 1"),
+    ],
+)
+def test_impossible_masks_are_refused_in_one_line(given, model, moe, message):
+    model = ModelConfig(**({"ffn": "dynmoe", "weights": "k24"} | model))
+    with pytest.raises(UserError, match=message) as caught:
+        check_k24(K24Config(**given), model, MoeConfig(**moe))
+    assert "\n" not in str(caught.value)
+
+
+def test_dense_weights_and_unread_widths_mind_no_groups_of_four():
+    check_k24(K24Config(alpha_rank=999), ModelConfig(width=130), MoeConfig())
+    masked = ModelConfig(ffn="dynmoe", weights="k24", ffn_width=50)
+    check_k24(K24Config(), masked, MoeConfig())
+
+
+def test_weights_and_ffn_may_be_typed_without_their_group():
+    config = load_config(["network=dense", "weights=k24", "ffn=dynmoe"])
+    assert (config.model.weights, config.model.ffn) == ("k24", "dynmoe")
+    with pytest.raises(UserError, match="model.weights=k25; expected one of dense, k24"):
+        load_config(["weights=k25"])
+
+
+def test_stage_eavi_does_not_draw_settled_masks_wildly_again():
+    k24 = load_config(["stage=eavi", "init_from=runs/x", "weights=k24"]).k24
+    assert (k24.kappa_start, k24.tau_start) == (K24Config().kappa_end, K24Config().tau_end)

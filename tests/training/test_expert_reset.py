@@ -21,10 +21,13 @@ RESET = ResetConfig(
 class Scene:
     """A model with two layers of experts, its optimizer with moments, an average, a reset."""
 
-    def __init__(self, config=RESET, share=0.0, restored=None, matrices="muon"):
+    def __init__(self, config=RESET, share=0.0, restored=None, matrices="muon", k24=None):
         torch.manual_seed(0)
         sizes = {"layers": 2, "heads": 2, "kv_heads": 2, "head_width": 8, "ffn_width": 16}
         moe = MoeConfig(experts=E, expert_width=8, target_active=1.0)
+        if k24 is not None:
+            sizes["weights"] = "k24"
+            moe = replace(moe, expert_weights=k24)
         self.model = build_model(ModelConfig(width=WIDTH, ffn="dynmoe", **sizes), 2, moe)
         self.optimizer = build_optimizer(self.model, OptimConfig(matrices=matrices))
         self.ema = WeightEma(self.model, 0.9)
@@ -235,3 +238,28 @@ def test_a_threshold_among_equal_cosines_lets_all_of_them_pass():
     threshold = threshold_for(cos_S, 0.4)
     assert (cos_S > threshold).tolist() == [True, True, True, True, False]
     assert (torch.full((5,), 0.7) > threshold_for(torch.full((5,), 0.7), 0.2)).all()
+
+
+@pytest.mark.parametrize("k24", ["separate", "shared_k24"])
+def test_a_reborn_expert_gets_a_new_mask_and_a_shared_weight_stays(k24):
+    scene = Scene(k24=k24)
+    experts = scene.model.expert_layers[0].experts
+    for pattern in experts.patterns():
+        pattern.activity.weight_A.fill_(1.0)
+    before = scene.state()
+    for number in range(6):
+        scene.step(number, IDLE)
+    after = scene.state()
+    assert scene.reset.resets_LE.tolist() == [[0, 1, 0, 0], [0] * E]
+    for name in ("gate_up", "down"):
+        weight, mask = f"blocks.0.ffn.experts.{name}", f"blocks.0.ffn.experts.{name}_pattern.alpha"
+        changed = [r for r in range(E) if (after[mask][r] != before[mask][r]).any()]
+        assert changed == [1] and after[f"{mask}:exp_avg"][1].abs().max() == 0
+        assert torch.equal(after[f"{mask}:ema"][1], after[mask][1])
+        assert torch.equal(after[weight], before[weight]) == (k24 == "shared_k24")
+    for pattern in experts.patterns():
+        assert pattern.activity.weight_A.tolist() == [1, 0, 1, 1]
+    scene.reset.begin_step(scene.optimizer)
+    scaled = {id(p) for p in scene.optimizer.row_scale}
+    assert (id(experts.gate_up) in scaled) == (k24 == "separate")
+    assert id(experts.gate_up_pattern.alpha) in scaled

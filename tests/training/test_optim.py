@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tiny_onn.config.schema import ModelConfig, OptimConfig
+from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig, OptimConfig
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.muon import BatchedMuon
 from tiny_onn.training.optim import MuonAdamW, build_optimizer, split_parameters
@@ -61,11 +61,29 @@ def test_experts_are_matrices_prototypes_are_embeddings_and_thresholds_are_never
         "vectors": {"gate.thresholds"},
         "deep_embed": set(),
         "tables": set(),
+        "patterns": set(),
     }
     optimizer = build_optimizer(model, OptimConfig())
     thresholds = model.expert_layers[0].gate.thresholds
     (group,) = (g for g in optimizer.param_groups if any(p is thresholds for p in g["params"]))
     assert (group["kind"], group["weight_decay"]) == ("adamw", 0.0)
+
+
+@pytest.mark.parametrize("expert_weights", ["separate", "shared_k24"])
+@pytest.mark.parametrize("logits", ["additive", "free"])
+def test_what_chooses_masks_is_in_a_group_of_its_own_without_decay(logits, expert_weights):
+    config = ModelConfig(**TINY, ffn="dynmoe", weights="k24")
+    moe = MoeConfig(expert_weights=expert_weights, expert_width=16, every=2)
+    model = build_model(config, 5, moe, k24=K24Config(logits=logits))
+    optimizer = build_optimizer(model, OptimConfig())
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    (group,) = (g for g in optimizer.param_groups if g["name"] == "patterns")
+    assert (group["kind"], group["weight_decay"]) == ("adamw", 0.0)
+    own = [p for pattern, _ in model.masked_weights for p in pattern.parameters()]
+    assert [id(p) for p in group["params"]] == [id(p) for p in own] and len(own) == 4
+    matrices = set(split_parameters(model)["matrices"])
+    assert {"blocks.1.ffn.experts.gate_up", "blocks.0.ffn.down.weight"} <= matrices
 
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiny_onn.config.check_network import check_model, check_moe, check_nsa, check_reset
+from tiny_onn.config.check_network import (
+    check_k24,
+    check_model,
+    check_moe,
+    check_nsa,
+    check_reset,
+)
 from tiny_onn.config.ranges import check_group
 from tiny_onn.config.schema import (
     BudgetConfig,
@@ -91,6 +97,7 @@ def check_train(config: Config) -> None:
     check_moe(config.moe, config.model)
     check_reset(config.reset, config.moe, config.model)
     check_nsa(config.nsa, config.model)
+    check_k24(config.k24, config.model, config.moe)
     check_budget(config.budget)
     check_schedule(config.optim)
     _check_row_files(config)

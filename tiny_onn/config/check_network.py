@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from tiny_onn.config.ranges import check_group
-from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig, ResetConfig
+from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig, NsaConfig, ResetConfig
 from tiny_onn.errors import UserError
 
 VOCAB_SIZE = 14
@@ -155,4 +155,64 @@ def check_nsa(nsa: NsaConfig, model: ModelConfig) -> None:
             f"got nsa.select_count={nsa.select_count}; expected at least {NUM_FORCED_BLOCKS} (the "
             "document's first block, the token's own and the one before it are always read); use "
             f"nsa.select_count={NUM_FORCED_BLOCKS} or more"
+        )
+
+
+def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
+    """Numbers in their ranges and, if weights are 2:4, widths in groups of four and masks that can
+    do what is asked of them.
+
+    Raises:
+        UserError: a number out of range, a width that 4 does not divide, experts that share a
+            weight without masks or with equal ones, a rank or revival that cannot be.
+    """
+    check_group("k24", k24)
+    experts = model.ffn == "dynmoe"
+    shared = experts and moe.expert_weights == "shared_k24"
+    if model.weights != "k24":
+        if shared:
+            raise UserError(
+                f"got moe.expert_weights=shared_k24 with model.weights={model.weights}; expected "
+                "k24, whose masks are all that experts with one weight differ by; give "
+                "model.weights=k24"
+            )
+        return
+    if model.ffn not in ("dense", "dynmoe"):
+        raise UserError(
+            f"got model.ffn={model.ffn} with model.weights=k24; expected dense or dynmoe, whose "
+            "matrices can wear masks; use one of them, or model.weights=dense"
+        )
+    widths = {"model.width": model.width}
+    if not experts or moe.every > 1:
+        widths["model.ffn_width"] = model.ffn_width
+    if experts:
+        widths["moe.expert_width"] = moe.expert_width
+    for name, width in widths.items():
+        if width % 4:
+            raise UserError(
+                f"got {name}={width} with model.weights=k24, whose masks keep two weights of every "
+                f"four in a row; expected a multiple of 4; use {width + -width % 4}"
+            )
+    if shared and k24.alpha_init_std == 0:
+        raise UserError(
+            "got k24.alpha_init_std=0 with moe.expert_weights=shared_k24; expected above 0, for "
+            "experts that start equal stay equal; leave it out"
+        )
+    smallest = min(widths.values())
+    if k24.logits == "additive" and k24.alpha_rank > smallest:
+        raise UserError(
+            f"got k24.alpha_rank={k24.alpha_rank}; expected at most {smallest}, the least width of "
+            "a matrix; lower it, or give 0 for all of alpha"
+        )
+    if k24.revive_window and (k24.alpha_rank or k24.logits == "free"):
+        given = "k24.logits=free" if k24.logits == "free" else f"k24.alpha_rank={k24.alpha_rank}"
+        raise UserError(
+            f"got k24.revive_window={k24.revive_window} with {given}, which have no number of a "
+            "single weight's that could start anew; expected additive logits of full rank; give "
+            "k24.revive_window=0"
+        )
+    if k24.reset_kl and not k24.reset_interval:
+        raise UserError(
+            f"got k24.reset_kl={k24.reset_kl} without k24.reset_interval; expected how often steps "
+            "are looked at; give k24.reset_interval=100"
         )

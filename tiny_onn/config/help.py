@@ -17,6 +17,7 @@ examples:
   python train.py stage=eavi init_from=runs/demo out=runs/demo-eavi budget.minutes=3
   python train.py preset=small data.sources=[arc1,my_tasks.json] budget.minutes=45 seed=1
   python train.py preset=nano budget.epochs=20 data.holdout=train_tests model.width=192
+  python train.py preset=nano weights=k24 network=dense out=runs/k24
   torchrun --nproc-per-node=8 train.py preset=base trainer.devices=8 data.batch_tokens=196608
 """
 

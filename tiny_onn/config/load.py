@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tiny_onn.config.check import check_inspect, check_submit, check_train
-from tiny_onn.config.check_network import check_model, check_moe, check_nsa
+from tiny_onn.config.check_network import check_k24, check_model, check_moe, check_nsa
 from tiny_onn.config.help import inspect_help, submit_help, train_help
 from tiny_onn.config.keys import Key, keys_of, suggestion
 from tiny_onn.config.layer import Layer, displaced, flatten, in_origin
@@ -31,6 +31,9 @@ AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig, InspectConfig)
 
 KINDS = ("preset", "network", "stage")
 """Settings that name a file of other settings; later ones win."""
+
+SHORT = {"weights": "model.weights", "ffn": "model.ffn"}
+"""What may be typed for a key of the network's parts."""
 
 _HELP_FLAGS = frozenset({"-h", "--help", "help"})
 
@@ -161,6 +164,7 @@ def config_from_dict(saved: Mapping[str, Any], origin: str = "saved configuratio
         check_model(config.model)
         check_moe(config.moe, config.model)
         check_nsa(config.nsa, config.model)
+        check_k24(config.k24, config.model, config.moe)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
     return config
@@ -205,6 +209,7 @@ def _argument_layer(arguments: Sequence[str], keys: Mapping[str, Key]) -> Layer:
             bare = argument.strip("-=") or "key"
             example = bare if "=" in bare else f"{bare}=VALUE"
             raise UserError(f"got '{argument}'; expected key=value; write {example} or see --help")
+        name = SHORT.get(name, name) if SHORT.get(name) in keys else name
         values |= flatten({name: _parse(name, text, keys)}, keys, "")
     return Layer(values, "")
 

@@ -11,6 +11,7 @@ from tiny_onn.config.schema import (
     BudgetConfig,
     DeepEmbedConfig,
     EaviConfig,
+    K24Config,
     ModelConfig,
     MoeConfig,
     NsaConfig,
@@ -50,6 +51,23 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "reset.max_experts": _AT_LEAST_1,
     "reset.warmup_steps": _AT_LEAST_0,
     "reset.until_share": _SHARE,
+    "k24.kappa_start": _ABOVE_0,
+    "k24.kappa_end": _ABOVE_0,
+    "k24.tau_start": _ABOVE_0,
+    "k24.tau_middle": _ABOVE_0,
+    "k24.tau_end": _ABOVE_0,
+    "k24.phase_split": (math.ulp(0.0), math.nextafter(1.0, 0.0), "between 0 and 1"),
+    "k24.schedule_steps": _AT_LEAST_0,
+    "k24.momentum": _BELOW_1,
+    "k24.alpha_init_std": _AT_LEAST_0,
+    "k24.alpha_rank": _AT_LEAST_0,
+    "k24.div_coef": _AT_LEAST_0,
+    "k24.reset_interval": _AT_LEAST_0,
+    "k24.reset_ratio": _SHARE,
+    "k24.reset_kl": _AT_LEAST_0,
+    "k24.revive_window": _AT_LEAST_0,
+    "k24.revive_share": _SHARE,
+    "k24.until_share": _SHARE,
     "model.deep_embed.ngram": (2, 4, "from 2 to 4 (for 1, give keys=[token])"),
     "model.deep_embed.rank": _AT_LEAST_0,
     "model.deep_embed.task_rank": _AT_LEAST_1,
@@ -63,6 +81,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "optim.muon_lr": _ABOVE_0,
     "optim.adamw_lr": _ABOVE_0,
     "optim.table_lr": _ABOVE_0,
+    "optim.pattern_lr": _ABOVE_0,
     "optim.muon_weight_decay": _AT_LEAST_0,
     "optim.adamw_weight_decay": _AT_LEAST_0,
     "optim.table_weight_decay": _AT_LEAST_0,
@@ -119,6 +138,7 @@ def check_group(
     settings: BudgetConfig
     | DeepEmbedConfig
     | EaviConfig
+    | K24Config
     | ModelConfig
     | MoeConfig
     | NsaConfig

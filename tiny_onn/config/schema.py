@@ -75,6 +75,9 @@ class ModelConfig:
         "full", "attention module: full, or Native Sparse Attention (nsa.*)"
     )
     ffn: Literal["dense", "dynmoe"] = key("dense", "FFN module: SwiGLU, or its experts (moe.*)")
+    weights: Literal["dense", "k24"] = key(
+        "dense", "matrices of FFN and experts: dense, or under 2:4 masks that are learnt (k24.*)"
+    )
     qk_norm: bool = key(True, "RMSNorm on queries and keys")
     rope_base: float = key(100.0, "base of the 3D rotary frequencies")
     dropout: float = key(0.0, "residual dropout; attention has none")
@@ -101,6 +104,53 @@ class MoeConfig:
     )
     sparsity_weight: float = key(0.1, "weight of SDL's sparsity term (0: off)")
     diversity_weight: float = key(0.01, "weight of SDL's diversity term (0: off)")
+    expert_weights: Literal["separate", "shared_k24"] = key(
+        "separate", "shared_k24: experts have one weight and differ by their 2:4 masks"
+    )
+
+
+@dataclass(frozen=True)
+class K24Config:
+    """K-2:4, masks learnt by pattern Gumbel-Softmax: read where model.weights=k24."""
+
+    logits: Literal["additive", "free"] = key(
+        "additive", "of the six patterns: kappa x what a pattern keeps of the score, or six numbers"
+    )
+    kappa_start: float = key(1.0, "scale of the logits at the start: 35% of samples are the best")
+    kappa_end: float = key(16.0, "scale of the logits at the end: 92% of samples are the best")
+    tau_start: float = key(5.0, "temperature of the mask's gradient at the start")
+    tau_middle: float = key(1.0, "temperature where the second phase begins")
+    tau_end: float = key(0.1, "temperature at the end")
+    phase_split: float = key(0.5, "share of the schedule at which tau's second phase begins")
+    schedule_steps: int = key(
+        0, "optimizer steps over which kappa and tau move (0: the whole budget)"
+    )
+    momentum: float = key(0.99, "of the average input size, an optimizer step")
+    act_stat: Literal["l1", "l2"] = key("l1", "input size: mean |x|, or root mean square (Wanda)")
+    alpha_init_std: float | None = key(
+        None, "spread of alpha (or free logits) at the start; null: 1 in shared experts, else 0.1"
+    )
+    alpha_rank: int = key(0, "alpha is a product of this rank (0: a number a weight and agent)")
+    weight_grad: Literal["masked", "straight", "score"] = key(
+        "masked",
+        "what learns: kept weights; straight: all, as if kept; score: all, through their score too",
+    )
+    div_kernel: Literal["dot", "overlap"] = key(
+        "dot", "experts that share a weight draw other patterns, or keep other entries (overlap)"
+    )
+    div_coef: float = key(0.1, "weight of that diversity loss (0: off)")
+    reset_interval: int = key(
+        0, "optimizer steps between soft resets of the average input size (0: none)"
+    )
+    reset_ratio: float = key(0.9, "share by which a soft reset moves it to the batch's")
+    reset_kl: float = key(
+        0.0, "a reset waits for a step that moves predictions by this KL in nats (0: it does not)"
+    )
+    revive_window: int = key(
+        0, "optimizer steps after which weights no agent has selected are revived (0: never)"
+    )
+    revive_share: float = key(0.1, "share of those weights that is revived")
+    until_share: float = key(0.7, "share of the budget after which nothing is reset or revived")
 
 
 @dataclass(frozen=True)
@@ -141,6 +191,7 @@ class OptimConfig:
     muon_weight_decay: float = key(0.1, "decoupled weight decay of Muon's matrices")
     adamw_weight_decay: float = key(0.01, "decoupled weight decay of the AdamW rest")
     table_weight_decay: float = key(0.0, "decoupled weight decay of task and view vectors")
+    pattern_lr: float = key(0.01, "peak learning rate of what chooses 2:4 masks (AdamW, no decay)")
     deep_embed_lr: float = key(3e-3, "peak learning rate of DeepEmbed's rows")
     deep_embed_weight_decay: float = key(
         0.1, "decoupled decay of a touched DeepEmbed row towards the identity"
@@ -249,6 +300,7 @@ class Config:
     nsa: NsaConfig = field(default_factory=NsaConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     reset: ResetConfig = field(default_factory=ResetConfig)
+    k24: K24Config = field(default_factory=K24Config)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eavi: EaviConfig = field(default_factory=EaviConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)

@@ -26,7 +26,9 @@ def active_parameters(model: nn.Module, active_experts: Mapping[int, float]) -> 
     """Parameters that a token's forward reads, on average.
 
     All of them, but of every table (task, view, token, DeepEmbed) one row, and of each layer's
-    experts as many as are active. Gates count whole: every token meets all prototypes.
+    experts as many as are active (one pair of matrices where they share it). Gates count whole:
+    every token meets all prototypes. What chooses 2:4 masks is not read: once trained, they are
+    fixed.
 
     Args:
         active_experts: mean number of experts that run for a token, by number of the block.
@@ -44,6 +46,8 @@ def _share(name: str, p: Tensor, is_table: bool, active_experts: Mapping[int, fl
     """Of the rows (first dimension) of one parameter, the share that a token reads."""
     if is_table or (name.startswith("deep_embed.") and name.endswith(".rows.weight")):
         return 1 / p.shape[0]
-    if ".ffn.experts." in name:  # one expert a row
+    if "pattern." in name:
+        return 0.0
+    if ".ffn.experts." in name and p.dim() == 3:  # one expert a row
         return active_experts[int(name.split(".")[1])] / p.shape[0]
     return 1.0

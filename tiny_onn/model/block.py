@@ -42,7 +42,8 @@ class Block(nn.Module):
 
     They are the parts that ``compile_parts`` hands to torch.compile (dynamic in N), because
     attention over ragged documents would be recompiled for every batch. Experts run on ragged
-    rows too: a block with them compiles ``settle``, what of ``leave`` comes before its FFN.
+    rows too, and 2:4 masks are drawn from generators that torch.compile does not know: a block with
+    them compiles ``settle``, what of ``leave`` comes before its FFN.
 
     DeepEmbed's delta is looked up between the two, so that a table on disk is read while
     attention runs. It scales the FFN's hidden layer (form 4x; of ``mix``, form v7a, what that
@@ -71,7 +72,7 @@ class Block(nn.Module):
 
     def compile_parts(self) -> None:
         self.enter = torch.compile(self.enter, dynamic=True)
-        if isinstance(self.ffn, SwiGLU):
+        if isinstance(self.ffn, SwiGLU) and not self.ffn.masked:
             self.leave = torch.compile(self.leave, dynamic=True)
         else:
             self.settle = torch.compile(self.settle, dynamic=True)

@@ -121,7 +121,7 @@ def load_model(path: str | Path) -> Loaded:
         raise UserError(
             f"'{folder / WEIGHTS}' is torn ({error}); expected a safetensors file; train again"
         ) from error
-    model = build_model(config.model, len(task_ids), config.moe, config.nsa)
+    model = build_model(config.model, len(task_ids), config.moe, config.nsa, config.k24)
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     got = {k: tuple(v.shape) for k, v in tensors.items()}
     if got != expected:

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.config.check_network import check_model, check_moe, check_nsa
-from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig
+from tiny_onn.config.check_network import check_k24, check_model, check_moe, check_nsa
+from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
 from tiny_onn.model.deep_embed import DeepEmbed, DeltaOf, InputMix
 from tiny_onn.model.dyn_moe import DynMoE, Routing, RoutingLog
 from tiny_onn.model.embedding import Embedding
+from tiny_onn.model.experts import Experts
 from tiny_onn.model.ffn import SwiGLU
 from tiny_onn.model.flash_varlen import flash_varlen
+from tiny_onn.model.k24_parts import K24Parts
 from tiny_onn.model.kv_cache import KVCache
 from tiny_onn.model.nsa import NativeSparseAttention
 from tiny_onn.model.nsa_cache import NsaCache
@@ -40,6 +42,7 @@ from tiny_onn.model.rope import Rope3D
 from tiny_onn.model.token_context import PackedTokens, TokenHistory
 from tiny_onn.model.window_varlen import plan_window_varlen
 from tiny_onn.ops import resolve_attention, resolve_experts, resolve_nsa
+from tiny_onn.sparse.k24_layer import K24Linear, PatternMask
 
 
 @dataclass
@@ -54,9 +57,17 @@ class ModelOutput:
 class TinyONN(nn.Module):
     """Packed documents in, next-token logits out. Build it with :func:`build_model`."""
 
-    def __init__(self, config: ModelConfig, num_tasks: int, moe: MoeConfig, nsa: NsaConfig) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_tasks: int,
+        moe: MoeConfig,
+        nsa: NsaConfig,
+        k24: K24Config,
+    ) -> None:
         super().__init__()
         self.config, self.moe, self.nsa = config, moe, nsa
+        self.k24 = K24Parts(k24) if config.weights == "k24" else None
         self.num_tasks = num_tasks
         self.embedding = Embedding(config.vocab_size, config.width, num_tasks)
         self.rope = Rope3D(config.head_width, config.rope_base)
@@ -80,17 +91,32 @@ class TinyONN(nn.Module):
         self._initialise()
         # Drawn after all other weights, which are those of the same seed without it.
         self.deep_embed = DeepEmbed(config, num_tasks) if deep.keys else None
+        for pattern, _ in self.masked_weights:
+            pattern.reset_parameters()
 
     def _ffn(self, layer: int) -> SwiGLU | DynMoE:
         config, moe = self.config, self.moe
         if config.ffn == "dynmoe" and (config.layers - 1 - layer) % moe.every == 0:
-            return DynMoE(config.width, moe, layer)
-        return SwiGLU(config.width, config.ffn_width)
+            return DynMoE(config.width, moe, layer, self.k24)
+        return SwiGLU(config.width, config.ffn_width, self.k24)
 
     @property
     def expert_layers(self) -> list[DynMoE]:
         """The blocks' FFNs that have experts, first to last."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, DynMoE)]
+
+    @property
+    def masked_weights(self) -> list[tuple[PatternMask, nn.Parameter]]:
+        """The 2:4 masks and the weights that wear them, first to last; none with dense weights."""
+        found: list[tuple[PatternMask, nn.Parameter]] = []
+        for module in self.blocks.modules():
+            if isinstance(module, K24Linear):
+                found.append((module.pattern, module.weight))
+            elif isinstance(module, Experts) and module.gate_up_pattern is not None:
+                assert module.down_pattern is not None
+                found.append((module.gate_up_pattern, module.gate_up))
+                found.append((module.down_pattern, module.down))
+        return found
 
     @property
     def sparse_attention_layers(self) -> list[NativeSparseAttention]:
@@ -111,8 +137,8 @@ class TinyONN(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("blocks.") or parameter.dim() < 2 or "film" in name:
                 continue
-            # Gates, phi and mix start in ways of their own.
-            if any(part in name for part in (".gate.", ".compress_", ".mix.")):
+            # Gates, phi, mix and masks start in ways of their own.
+            if any(part in name for part in (".gate.", ".compress_", ".mix.", "pattern.")):
                 continue
             std = parameter.shape[-1] ** -0.5
             if name.endswith(("attention.out.weight", "ffn.down.weight", "experts.down")):
@@ -189,8 +215,12 @@ class TinyONN(nn.Module):
         rows_M: Tensor | None = None,
         cache: KVCache | None = None,
         routing: RoutingLog | None = None,
+        num_rows: int | None = None,
     ) -> Tensor:
-        """Last hidden states of a packed batch at ``rows_M`` (default all N), before the norm."""
+        """Last hidden states of a packed batch at ``rows_M`` (default all N), before the norm.
+
+        ``num_rows`` says how many of ``rows_M`` are real, where filler follows them.
+        """
         deltas = self._deltas(batch, cache)  # first: reading tables on disk begins here
         layout = batch.layout
         cos, sin = self.rope(batch.positions_N3)
@@ -201,11 +231,19 @@ class TinyONN(nn.Module):
         x_NC, task_BC = self.embedding(
             batch.tokens_N, layout.doc_N, batch.task_B, batch.view_B, batch.soft
         )
+        self._count_rows(sum(layout.lengths))
         *earlier, last = list(zip(self.blocks, deltas, strict=True)) * self.config.loops
         for block, delta_of in earlier:
             x_NC = block(x_NC, task_BC, layout.doc_N, context, delta_of=delta_of, routing=routing)
         block, delta_of = last
+        if rows_M is not None:
+            self._count_rows(len(rows_M) if num_rows is None else num_rows)
         return block(x_NC, task_BC, layout.doc_N, context, rows_M, delta_of, routing)
+
+    def _count_rows(self, num_rows: int) -> None:
+        """Tell the masks how many rows of the coming FFNs' inputs are no filler."""
+        if self.k24 is not None:
+            self.k24.state.num_rows = num_rows
 
     def _deltas(self, batch: Any, cache: KVCache | None) -> Sequence[DeltaOf | None]:
         """DeepEmbed's delta for every block; a cache also learns which tokens keys may look at."""
@@ -249,7 +287,7 @@ class TinyONN(nn.Module):
         ``num_rows`` says how many of ``rows_M`` are real, where filler follows them.
         """
         log = RoutingLog()
-        logits_MV = self.logits(self.hidden(batch, rows_M, routing=log))
+        logits_MV = self.logits(self.hidden(batch, rows_M, routing=log, num_rows=num_rows))
         num_tokens = sum(batch.layout.lengths)
         routing = [replace(entry, num_rows=num_tokens) for entry in log.entries]
         if routing and rows_M is not None:  # experts are in the last block, if anywhere
@@ -306,18 +344,21 @@ def build_model(
     num_tasks: int,
     moe: MoeConfig | None = None,
     nsa: NsaConfig | None = None,
+    k24: K24Config | None = None,
 ) -> TinyONN:
     """The network ``config`` describes, with ``num_tasks`` task vectors, on the CPU.
 
     ``moe`` describes the experts where ``config.ffn`` is dynmoe, ``nsa`` the attention where
-    ``config.attention`` is nsa (None: the defaults).
+    ``config.attention`` is nsa, ``k24`` the masks where ``config.weights`` is k24 (None: the
+    defaults).
 
     Raises:
-        UserError: see ``check_model``, ``check_moe`` and ``check_nsa`` in
+        UserError: see ``check_model``, ``check_moe``, ``check_nsa`` and ``check_k24`` in
             :mod:`tiny_onn.config.check_network`.
     """
-    moe, nsa = moe or MoeConfig(), nsa or NsaConfig()
+    moe, nsa, k24 = moe or MoeConfig(), nsa or NsaConfig(), k24 or K24Config()
     check_model(config)
     check_moe(moe, config)
     check_nsa(nsa, config)
-    return TinyONN(config, num_tasks, moe, nsa)
+    check_k24(k24, config, moe)
+    return TinyONN(config, num_tasks, moe, nsa, k24)

@@ -53,6 +53,15 @@ def sharded_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def set_where(tensor: Tensor, where: Tensor, values: Tensor) -> None:
+    """``tensor[where] = values[where]`` in place, sharded or not; ``where`` (bool) and ``values``
+    are whole, on any device, and the same in every process."""
+    full = whole(tensor.detach())
+    new = torch.where(where.to(full.device), values.to(full), full)
+    tensor.copy_(sharded_like(new, tensor))
+
+
+@torch.no_grad()
 def set_rows(tensor: Tensor, rows: Sequence[int], values: Tensor | float) -> None:
     """``tensor[rows] = values`` in place, sharded or not; every process must give the same."""
     full = whole(tensor.detach())

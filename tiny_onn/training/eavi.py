@@ -52,7 +52,7 @@ class Eavi(Pretrain):
     """
 
     def __init__(self, model: nn.Module, config: Config, rank: int = 0) -> None:
-        super().__init__(model, config.optim, config.moe)
+        super().__init__(model, config.optim, config.moe, config.k24)
         self.eavi = config.eavi
         self._causal = config.model.mask == "causal"
         self._nsa = config.nsa if config.model.attention == "nsa" else None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.training.distributed import set_rows, sharded_like, whole
+from tiny_onn.training.distributed import set_rows, set_where, sharded_like, whole
 
 
 class WeightEma:
@@ -58,6 +58,11 @@ class WeightEma:
         assert shadow.keys() == self._shadow.keys(), "EMA state of another model"
         for name, target in self._shadow.items():
             target.copy_(sharded_like(shadow[name].to(target.device), target))
+
+    def adopt_where(self, parameter: Tensor, where: Tensor) -> None:
+        """The shadow of these entries becomes what they are now: they were begun anew."""
+        (name,) = (name for name, p in self._live.items() if p is parameter)
+        set_where(self._shadow[name], where, whole(parameter.detach()))
 
     def adopt_rows(self, parameter: Tensor, rows: Sequence[int]) -> None:
         """The shadow of these rows becomes what they are now: they were begun anew."""

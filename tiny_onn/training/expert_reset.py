@@ -11,6 +11,8 @@ for ``patience`` windows in a row is reborn:
 - threshold: where the expert fires for its fair share of those tokens, target_active / experts.
 - weights: fresh; ``down`` is zero, so that the newborn adds nothing yet. With combine=mean its
   tokens' other experts are diluted, 1/k to 1/(k+1), which nothing can avoid.
+- 2:4 masks (weights=k24): what chooses them is drawn anew, and their activity counted anew. Experts
+  that share a weight have nothing else of their own: the weight stays.
 - optimizer: its moments become zero, and its learning rate rises over ``warmup_steps``. AdamW's
   step count is shared by all experts, so its bias correction is not begun anew; at beta2 = 0.95
   the first updates are smaller than usual for it, not larger.
@@ -135,7 +137,7 @@ class ExpertReset(L.Callback):
         for layer, age_E in zip(self._layers, self._age_LE, strict=True):
             if bool((age_E < warmup).any()):
                 scale_E = (age_E + 1) / (warmup + 1)
-                optimizer.row_scale |= {p: scale_E for p in layer.parameters()}
+                optimizer.row_scale |= {p: scale_E for p in layer.expert_parameters()}
 
     def end_step(
         self,
@@ -189,9 +191,13 @@ class ExpertReset(L.Callback):
             layer.gate.thresholds: torch.stack(
                 [threshold_for(unit_SC @ found_C, self.target_share) for found_C in found_RC]
             ),
-            layer.experts.gate_up: torch.randn(gate_up_shape, generator=generator) * width**-0.5,
-            layer.experts.down: 0.0,
         }
+        if not layer.experts.shared:
+            fresh = torch.randn(gate_up_shape, generator=generator) * width**-0.5
+            new |= {layer.experts.gate_up: fresh, layer.experts.down: 0.0}
+        for pattern in layer.experts.patterns():
+            new |= pattern.fresh_agents(len(experts), generator)
+            pattern.activity.forget(experts)
         ema = self._ema()
         for parameter, values in new.items():
             set_rows(parameter, experts, values)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiny_onn.config.schema import Config
+from tiny_onn.config.schema import Config, K24Config
 from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import WEIGHTS, checkpoint_folder, load_model
 from tiny_onn.model.tiny_onn import TinyONN
@@ -19,6 +19,9 @@ from tiny_onn.training.run_folder import flatten
 TASK_TABLES = ("embedding.task.weight", "deep_embed.tables.task.rows.weight")
 """A row a task, of the tasks of the run."""
 
+K24_ARCHITECTURE = ("logits", "alpha_rank", "act_stat")
+"""Settings of 2:4 masks that their parameters' meaning depends on."""
+
 TRAINING_ONLY = frozenset(
     {
         "model.dropout",
@@ -26,6 +29,7 @@ TRAINING_ONLY = frozenset(
         "moe.target_active",
         "moe.sparsity_weight",
         "moe.diversity_weight",
+        *(f"k24.{f.name}" for f in fields(K24Config) if f.name not in K24_ARCHITECTURE),
     }
 )
 """Settings that the weights' meaning does not depend on."""
@@ -174,6 +178,8 @@ def _network(config: Config) -> dict[str, Any]:
         flat |= flatten({"nsa": asdict(config.nsa)})
     if config.model.ffn == "dynmoe":
         flat |= flatten({"moe": asdict(config.moe)})
+    if config.model.weights == "k24":
+        flat |= flatten({"k24": asdict(config.k24)})
     return flat
 
 

@@ -25,6 +25,7 @@ from tiny_onn.training.distributed import StepChannel, whole
 from tiny_onn.training.ema import WeightEma
 from tiny_onn.training.expert_reset import ExpertReset
 from tiny_onn.training.finite import require_finite_loss, require_finite_weights
+from tiny_onn.training.k24_control import K24Control
 from tiny_onn.training.loss_monitor import LossMonitor
 from tiny_onn.training.optim import MuonAdamW
 from tiny_onn.training.pretrain import Pretrain
@@ -49,6 +50,7 @@ class RunLoop(L.Callback):
     finish: takes the final weights (averaged, full, on the CPU) in the first process.
     reset: lets idle experts be reborn; its state is saved with the run's.
     tables: DeepEmbed's tables on disk, if there are any.
+    k24: steers 2:4 masks, if there are any; its state is saved with the run's.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class RunLoop(L.Callback):
         finish: Callable[[dict[str, Tensor]], None] | None = None,
         reset: ExpertReset | None = None,
         tables: RowTables | None = None,
+        k24: K24Control | None = None,
     ) -> None:
         self.config = config
         self.budget = budget
@@ -71,14 +74,14 @@ class RunLoop(L.Callback):
         self.identity = identity
         self.holdout = holdout
         self.finish = finish
-        self.reset = reset
+        self.reset, self.k24 = reset, k24
         self.routing = RoutingMonitor()
         self.share = 0.0
         self.tables = tables
         self.final_holdout: dict[str, float] | None = None
         self.facts: dict[str, Any] = {}
         self.totals = RunTotals(**restored["totals"]) if restored else RunTotals()
-        self.told = RunLog(progress, self.totals, budget, self.routing, reset)
+        self.told = RunLog(progress, self.totals, budget, self.routing, reset, k24)
         self.ema: WeightEma | None = None
         self.saved_step = self.totals.step if restored else None
         self.stopped_by: int | None = None
@@ -158,6 +161,8 @@ class RunLoop(L.Callback):
             if not self._on_cpu:
                 self.told.smooth(mean, self.config.trainer.log_every_steps)
             more = module.take_metrics(self.channel)
+            if module.mask_diversity is not None:
+                more |= {"k24/diversity": float(module.mask_diversity)}
             self.told.log(trainer, mean, module.grad_norm, more)
         else:
             self.told.show_if_due(trainer)
@@ -172,6 +177,7 @@ class RunLoop(L.Callback):
             "totals": asdict(self.totals),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "expert_reset": None if self.reset is None else self.reset.snapshot(),
+            "k24": None if self.k24 is None else self.k24.snapshot(),
         }
 
     def on_train_end(self, trainer: L.Trainer, module: Pretrain) -> None:

@@ -15,6 +15,7 @@ from tiny_onn.config.schema import OptimConfig
 from tiny_onn.model.deep_embed_store import DenseRows
 from tiny_onn.model.embedding import RowTable
 from tiny_onn.model.gate import CosineGate
+from tiny_onn.sparse.k24_layer import PatternMask
 from tiny_onn.training.distributed import sharded_like
 from tiny_onn.training.muon import muon_defaults, muon_group_step
 from tiny_onn.training.row_optim import (
@@ -127,23 +128,29 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Every parameter in exactly one of: matrices, tables, deep_embed, embeddings, vectors.
+    """Every parameter in exactly one of the kinds that this returns.
 
     matrices: 2-D weights of the blocks and their experts' stacks; tables: task and view vectors;
-    deep_embed: rows of DeepEmbed's tables in memory; vectors: 1-D and smaller (norms, thresholds
-    of the gates); embeddings: the rest (token embedding, head, bases of DeepEmbed, and, vectors
-    that happen to stand below each other, prototypes of the gates and NSA's positions in a block).
+    deep_embed: rows of DeepEmbed's tables in memory; patterns: what chooses 2:4 masks; vectors: 1-D
+    and smaller (norms, thresholds of the gates); embeddings: the rest (token embedding, head, bases
+    of DeepEmbed, and, vectors that happen to stand below each other, prototypes of the gates and
+    NSA's positions in a block).
     """
     owner = {
         id(p): kind
-        for cls, kind in ((RowTable, "tables"), (DenseRows, "deep_embed"))
+        for cls, kind in (
+            (RowTable, "tables"),
+            (DenseRows, "deep_embed"),
+            (PatternMask, "patterns"),
+        )
         for m in model.modules()
         if isinstance(m, cls)
         for p in m.parameters()
     }
     gate_ids = {id(p) for m in model.modules() if isinstance(m, CosineGate) for p in m.parameters()}
     kinds: dict[str, dict[str, Tensor]] = {
-        "matrices": {}, "tables": {}, "deep_embed": {}, "embeddings": {}, "vectors": {}
+        "matrices": {}, "tables": {}, "deep_embed": {}, "patterns": {}, "embeddings": {},
+        "vectors": {},
     }  # fmt: skip
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -194,6 +201,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> MuonAdamW:
         adamw_group("embeddings", optim.adamw_lr, optim.adamw_weight_decay),
         adamw_group("vectors", optim.adamw_lr, 0.0),
         adamw_group("tables", optim.table_lr, optim.table_weight_decay),
+        adamw_group("patterns", optim.pattern_lr, 0.0),
     ]
     groups = [group for group in groups if group["params"]]
     stores = file_stores(model)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.utils import clip_grad_norm_
 
-from tiny_onn.config.schema import MoeConfig, OptimConfig
+from tiny_onn.config.schema import K24Config, MoeConfig, OptimConfig
 from tiny_onn.losses.language import output_nll
+from tiny_onn.losses.mask_diversity import mask_diversity
 from tiny_onn.losses.sdl import SDLTerms
 from tiny_onn.model.tiny_onn import ModelOutput
 from tiny_onn.training.datamodule import TrainBatch
@@ -24,20 +25,29 @@ class Pretrain(L.LightningModule):
     """Set before every step: ``global_targets``, targets of the batch over all processes, and
     ``samples``, tokens of every layer of experts to keep for resets.
 
-    Left by it: ``language_loss``, the loss without what SDL adds; ``routing`` and ``sdl``, None
-    where there are no experts or SDL is off.
+    Left by it: ``language_loss``, the loss without what SDL and the masks' diversity add;
+    ``routing`` and ``sdl``, None where there are no experts or SDL is off; ``mask_diversity``, None
+    unless experts share a weight.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, moe: MoeConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        moe: MoeConfig | None = None,
+        k24: K24Config | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.optim = optim
         self.moe = moe or MoeConfig()
+        self.k24 = k24 or K24Config()
         self.global_targets = 1
         self.samples = 0
         self.language_loss: Tensor | None = None
         self.routing: StepRouting | None = None
         self.sdl: SDLTerms | None = None
+        self.mask_diversity: Tensor | None = None
         self.grad_norm: Tensor | None = None
 
     def configure_model(self) -> None:
@@ -74,7 +84,7 @@ class Pretrain(L.LightningModule):
         return self.with_sdl(loss, output)
 
     def with_sdl(self, loss: Tensor, output: ModelOutput) -> Tensor:
-        """``loss`` and, where there are experts, what SDL adds to it."""
+        """``loss`` and, where there are experts, what SDL and their masks' diversity add to it."""
         if not output.routing:
             return loss
         routing = gather_routing(output.routing, self.samples)
@@ -84,6 +94,10 @@ class Pretrain(L.LightningModule):
             sdl = routing.sdl(self.moe.target_active)
             self.sdl = SDLTerms(sdl.sparsity.detach(), sdl.diversity.detach())
             loss = loss + sparsity_weight * sdl.sparsity + diversity_weight * sdl.diversity
+        overlap = mask_diversity(output)
+        if overlap is not None:
+            self.mask_diversity = overlap.detach()
+            loss = loss + self.k24.div_coef * overlap
         return loss
 
     def configure_gradient_clipping(self, optimizer: Any, **limits: Any) -> None:

@@ -76,13 +76,15 @@ def train_flops(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
     W_inner, of which each passes all slices, blocks for W_outer. 12 per head channel and visible
     query-key pair of every branch (attention_work.py). A token of an excursion counts as the
     forward part, a third, of an average token trained on. Newton-Schulz, the gates' few cosines
-    and phi's positions (a row a batch) are not counted.
+    and phi's positions (a row a batch) are not counted, nor is what 2:4 masks take or spare: they
+    are multiplied as dense matrices.
     """
     products = config.width * config.vocab_size * totals.targets
     last = f"blocks.{config.layers - 1}."
     for name, p in split_parameters(model)["matrices"].items():
-        if p.dim() == 3:  # all layers' experts are alike, and the last layer has some
-            products += p[0].numel() * totals.expert_pairs * name.startswith(last)
+        if ".experts." in name:  # all layers' experts are alike, and the last layer has some
+            matrix = p[0] if p.dim() == 3 else p  # one that experts share
+            products += matrix.numel() * totals.expert_pairs * name.startswith(last)
             continue
         rows = config.loops * _rows(name, config, totals)
         after = any(part in name for part in (".attention.out.", ".ffn.", ".mix."))
@@ -108,7 +110,7 @@ def provenance(
     """What ``provenance.json`` says of a finished run. Names no host and no path."""
     kinds = split_parameters(model)
     tables = sum(p.numel() for p in kinds["tables"].values())
-    experts = sum(p.numel() for p in kinds["matrices"].values() if p.dim() == 3)
+    experts = sum(p.numel() for name, p in kinds["matrices"].items() if ".experts." in name)
     return {
         "trained": True,
         **code_version(),
@@ -116,6 +118,7 @@ def provenance(
         "network": config.network,
         "attention": config.model.attention,
         "ffn": config.model.ffn,
+        "weights": config.model.weights,
         "deep_embed": list(config.model.deep_embed.keys),
         "preset": config.preset,
         "seed": config.seed,
@@ -132,6 +135,7 @@ def provenance(
         "parameters": sum(p.numel() for p in model.parameters()),
         "table_parameters": tables,
         "expert_parameters": experts,
+        "pattern_parameters": sum(p.numel() for p in kinds["patterns"].values()),
         "expert_pairs": totals.expert_pairs,
         "deep_embed_parameters": (
             0 if model.deep_embed is None else model.deep_embed.num_parameters()

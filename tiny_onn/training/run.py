@@ -34,6 +34,7 @@ from tiny_onn.training.eavi import Eavi
 from tiny_onn.training.expert_reset import ExpertReset
 from tiny_onn.training.hardware import with_precision
 from tiny_onn.training.initial_weights import begin_with, require_same_beginning
+from tiny_onn.training.k24_control import K24Control
 from tiny_onn.training.lightning_trainer import (
     make_loggers,
     make_trainer,
@@ -137,12 +138,13 @@ class _Run:
         data_hash = corpus.report.corpus_sha256
         restored = self._resume_point(data_hash)
         torch.manual_seed(config.seed)
-        model = build_model(config.model, len(corpus.task_ids), config.moe, config.nsa)
+        model = self._build(len(corpus.task_ids))
         initial = self._begin(model, corpus, restored)
         identity = {"config": asdict(config), "data": data_hash, "init_from": initial}
         budget = self._budget(corpus, spent=restored.state["totals"]["seconds"] if restored else 0)
         module = self._module(model)
         reset = self._expert_reset(lambda: loop, restored)
+        k24 = self._k24_control(lambda: loop, restored)
         tables = None
         if model.deep_embed is not None and model.deep_embed.files:
             tables = RowTables(model.deep_embed, self.folder)
@@ -157,11 +159,13 @@ class _Run:
             finish=lambda weights: self._finish(loop, module, corpus, weights, initial),
             reset=reset,
             tables=tables,
+            k24=k24,
         )
         trainer = make_trainer(
             config.trainer,
             self.folder,
-            [loop] if reset is None else [reset, loop],  # what is reborn is in the checkpoint
+            # What is reborn or counted is in the checkpoint of its step.
+            [callback for callback in (reset, k24, loop) if callback is not None],
             make_loggers(self.folder, config.trainer.tensorboard) if self.first else [],
         )
         device = trainer.strategy.root_device
@@ -223,10 +227,14 @@ class _Run:
         )
         return initial
 
+    def _build(self, num_tasks: int) -> TinyONN:
+        config = self.config
+        return build_model(config.model, num_tasks, config.moe, config.nsa, config.k24)
+
     def _module(self, model: TinyONN) -> Pretrain:
         if self.config.stage == "eavi":
             return Eavi(model, self.config, process_rank())
-        return Pretrain(model, self.config.optim, self.config.moe)
+        return Pretrain(model, self.config.optim, self.config.moe, self.config.k24)
 
     def _resume_point(self, data_hash: str) -> ResumePoint | None:
         """Where to go on from, if that is asked for and there is such a place."""
@@ -284,6 +292,21 @@ class _Run:
             restored=restored.state["expert_reset"] if restored else None,
         )
 
+    def _k24_control(
+        self, loop: Callable[[], RunLoop], restored: ResumePoint | None
+    ) -> K24Control | None:
+        config = self.config
+        if config.model.weights != "k24":
+            return None
+        return K24Control(
+            config.k24,
+            config.seed,
+            config.trainer.log_every_steps,
+            ema=lambda: loop().ema,
+            share=lambda: loop().share,
+            restored=restored.state["k24"] if restored else None,
+        )
+
     def _holdout(self, module: Pretrain, corpus: Corpus) -> Callable[[], dict[str, float]] | None:
         if not corpus.holdout:
             return None
@@ -306,9 +329,7 @@ class _Run:
         initial: dict[str, Any] | None,
     ) -> None:
         """Save the trained model (first process only)."""
-        model = build_model(
-            self.config.model, len(corpus.task_ids), self.config.moe, self.config.nsa
-        )
+        model = self._build(len(corpus.task_ids))
         model.load_state_dict(weights)
         if loop.tables is not None:
             model.deep_embed.open_files(loop.tables.folder)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tiny_onn.training.budget import Budget
 from tiny_onn.training.distributed import whole
 from tiny_onn.training.expert_reset import ExpertReset
+from tiny_onn.training.k24_control import K24Control
 from tiny_onn.training.progress import ProgressLine
 from tiny_onn.training.routing_monitor import RoutingMonitor
 from tiny_onn.training.totals import RunTotals
@@ -23,7 +24,7 @@ class RunLog:
 
     Args:
         progress: where lines go.
-        totals, budget, routing, reset: the run's.
+        totals, budget, routing, reset, k24: the run's.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class RunLog:
         budget: Budget,
         routing: RoutingMonitor,
         reset: ExpertReset | None,
+        k24: K24Control | None = None,
     ) -> None:
         self.progress, self.totals, self.budget = progress, totals, budget
-        self.routing, self.reset = routing, reset
+        self.routing, self.reset, self.k24 = routing, reset, k24
         self.loss: float | None = None
 
     def begin_window(self) -> None:
@@ -69,6 +71,8 @@ class RunLog:
             metrics |= self.routing.take_metrics() | more
             if self.reset is not None:
                 metrics |= self.reset.metrics()
+            if self.k24 is not None:
+                metrics |= self.k24.metrics()
             self._write(trainer, metrics)
         self.show_if_due(trainer)
         self.begin_window()

@@ -1,0 +1,184 @@
+"""A masked weight as torch's semi-structured tensor, for sparse tensor cores, or as it is.
+
+Back-ends: ``cusparselt`` and ``cutlass`` (torch.sparse.SparseSemiStructuredTensor*, CUDA only) and
+``reference``, the masked dense weight. What a back-end cannot take is told in words; ``auto``
+also times what it can take against the dense product, because few tokens or narrow layers lose.
+
+Whether a back-end runs on this GPU at all is found out by a product of one tile: CUTLASS's kernels
+of torch refuse some architectures and say so themselves.
+
+Shapes: (R, C) = (out_features, in_features), pruned along C.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiny_onn.errors import BackendUnavailable, UserError
+from tiny_onn.sparse.mask import TWO_FOUR
+from tiny_onn.sparse.packed import ONE_TWO, refuse_violations, violations
+from tiny_onn.sparse.pattern import refuse_nonfinite
+
+log = logging.getLogger("tiny_onn")
+
+Backend = Literal["auto", "reference", "cutlass", "cusparselt"]
+SPARSE_BACKENDS = ("cusparselt", "cutlass")
+TILES: dict[str, dict[torch.dtype, tuple[int, int]]] = {
+    "cusparselt": {torch.float16: (16, 16), torch.bfloat16: (16, 16)},
+    "cutlass": {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.float32: (32, 32)},
+}
+"""Multiples of rows and columns. int8 and float8 need scales, which a Linear does not have."""
+TIMED_RUNS = 20
+
+
+class Converted(NamedTuple):
+    """weight: a SparseSemiStructuredTensor, or the dense one (reference), for F.linear; backend:
+    the one chosen; refused: back-end -> why it was not."""
+
+    weight: Tensor
+    backend: str
+    refused: dict[str, str]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sparse(weight: Tensor, backend: str) -> Tensor:
+    """Packed by torch; the warning that its interface is a prototype is not the user's to mend."""
+    kind = (
+        torch.sparse.SparseSemiStructuredTensorCUTLASS
+        if backend == "cutlass"
+        else torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor is in prototype")
+        return kind.from_dense(weight.detach().contiguous())
+
+
+@lru_cache(maxsize=64)
+def _fails_on(device: torch.device, backend: str, dtype: torch.dtype) -> str | None:
+    """Why a product of one tile fails on this device, in torch's words; None where it runs."""
+    rows, columns = TILES[backend][dtype]
+    tile = torch.zeros(max(rows, 64), max(columns, 64), dtype=dtype, device=device)
+    tile[:, ::4] = 1
+    try:
+        with torch.no_grad():
+            product = F.linear(tile.new_ones(64, tile.shape[1]), _sparse(tile, backend))
+        torch.cuda.synchronize(device)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"torch cannot run it here: {str(error).strip().splitlines()[0]}"
+    wanted = tile.shape[1] // 4
+    if not (product == wanted).all():
+        return f"its product of ones is {float(product.flatten()[0])}, expected {wanted}"
+    return None
+
+
+def refusal(weight: Tensor, backend: str) -> str | None:
+    """Why ``backend`` cannot take this weight; None where it can. Looks at no values but float32's,
+    whose hardware pattern is 1:2.
+
+    Raises:
+        UserError: an unknown back-end.
+    """
+    if backend == "reference":
+        return None
+    if backend not in TILES:
+        raise UserError(
+            f"unknown sparse back-end {backend!r}; choose auto, reference, cutlass or cusparselt"
+        )
+    shape = tuple(weight.shape)
+    if weight.dim() != 2:
+        return f"takes matrices, got shape {shape}"
+    tile = TILES[backend].get(weight.dtype)
+    if tile is None:
+        known = ", ".join(_name(dtype) for dtype in TILES[backend])
+        return f"takes {known}, got {_name(weight.dtype)}; convert the weight to bfloat16"
+    if not weight.numel() or any(size % least for size, least in zip(shape, tile, strict=True)):
+        return f"takes {_name(weight.dtype)} in multiples of {tile[0]} x {tile[1]}, got {shape}"
+    if weight.device.type != "cuda":
+        return f"needs a CUDA device, got {weight.device.type}"
+    if weight.dtype == torch.float32 and len(violations(weight, ONE_TWO)):
+        return "takes float32 as 1:2, this weight is 2:4; convert it to bfloat16"
+    if backend == "cusparselt" and not torch.backends.cusparselt.is_available():
+        return "this build of torch has no cuSPARSELt"
+    return _fails_on(weight.device, backend, weight.dtype)
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    """Median time of a run on the current CUDA device, after warming up."""
+    times = []
+    for timed in [False] * 3 + [True] * TIMED_RUNS:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        if timed:
+            times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+@torch.no_grad()
+def convert_weight(weight: Tensor, backend: Backend = "auto", tokens: int = 4096) -> Converted:
+    """The weight of a Linear in the form that ``backend`` multiplies.
+
+    Packing happens here, once; the result is for inference and takes no gradient.
+
+    Args:
+        weight: (R, C), 2:4 along C already.
+        backend: "auto" takes the fastest of those that can run, the dense one included, timed on
+            ``tokens`` rows of input; a name takes that one.
+        tokens: rows of the product that will be computed; only for "auto" on CUDA.
+
+    Raises:
+        BackendUnavailable: an explicit back-end that cannot take the weight.
+        UserError: more than two nonzeros in a group, NaN, infinities, an unknown back-end.
+    """
+    if weight.is_floating_point():
+        refuse_nonfinite(weight, TWO_FOUR, "the weight to convert")
+    refuse_violations(weight, TWO_FOUR)
+    dense = weight.detach()
+    if backend != "auto":
+        reason = refusal(weight, backend)
+        if reason is not None:
+            raise BackendUnavailable(
+                f"sparse back-end {backend} {reason}; use reference, or auto to be told why"
+            )
+        chosen = dense if backend == "reference" else _sparse(dense, backend)
+        return Converted(chosen, backend, {})
+    refused = {name: refusal(weight, name) for name in SPARSE_BACKENDS}
+    refused = {name: reason for name, reason in refused.items() if reason is not None}
+    best = Converted(dense, "reference", refused)
+    candidates = [name for name in SPARSE_BACKENDS if name not in refused]
+    if candidates:
+        with torch.cuda.device(weight.device):
+            best = _fastest(dense, candidates, tokens, refused)
+    why = "; ".join(f"{name}: {reason}" for name, reason in best.refused.items())
+    log.info("sparse: %s for a weight of %s (auto) %s", best.backend, tuple(weight.shape), why)
+    return best
+
+
+def _fastest(dense: Tensor, candidates: list[str], tokens: int, refused: dict) -> Converted:
+    x = torch.randn(tokens, dense.shape[1], dtype=dense.dtype, device=dense.device)
+    weights = {"reference": dense} | {name: _sparse(dense, name) for name in candidates}
+    seconds = {
+        name: _seconds(lambda weight=weight: F.linear(x, weight))
+        for name, weight in weights.items()
+    }
+    best = min(seconds, key=lambda name: seconds[name])
+    slower = {
+        name: f"slower at {tokens} tokens, {seconds[name] * 1e6:.0f} us against "
+        f"{seconds[best] * 1e6:.0f} us of {best}"
+        for name in candidates
+        if name != best
+    }
+    return Converted(weights[best], best, refused | slower)
