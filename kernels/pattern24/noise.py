@@ -17,7 +17,7 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(factor: int, word_N: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of two 32-bit words; int64 wraps around, its bits are right."""
+    """High and low word of a product of two words; int64 wraps around, its bits are right."""
     product_N = word_N * factor
     return (product_N >> 32) & LOW, product_N & LOW
 

@@ -69,9 +69,7 @@ def require_finite(flags: Tensor, dtype: torch.dtype) -> None:
     """Waits for the device; raises ValueError where a square overflowed or x was not finite."""
     overflowed, not_finite = flags.tolist()
     if not_finite:
-        raise ValueError(
-            "got activations with NaN or infinity; nothing is packed; find their cause"
-        )
+        raise ValueError("got activations with NaN or infinity; nothing is packed; find the cause")
     if overflowed:
         most = torch.finfo(dtype).max
         raise ValueError(
