@@ -15,6 +15,8 @@ Shapes: A agents, G groups of four, 6 patterns, K the last dimension of weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,6 +95,19 @@ def _draw(
     return chosen_AG6.masked_fill(chosen_AG6.isnan(), torch.inf).argmax(dim=-1), soft_AG4
 
 
+class _AsIf(torch.autograd.Function):
+    """The first argument forward; backward as if the result were the sum of all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
+        ctx.num_inputs = 1 + len(others)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return (grad,) * ctx.num_inputs
+
+
 def _apply(
     weight: Tensor, pattern_AG: Tensor, soft_AG4: Tensor, shape: torch.Size, dense_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -100,10 +115,11 @@ def _apply(
     wide = soft_AG4.dtype
     hard_AG4 = patterns(wide, weight.device)[pattern_AG] > 0
     weight_G4 = weight.reshape(1, -1, 4).to(wide)
-    kept_AG4 = torch.where(hard_AG4, weight_G4.detach() if dense_grad else weight_G4, 0.0)
+    others = [weight_G4.detach() * soft_AG4]
     if dense_grad:
-        kept_AG4 = kept_AG4 + (weight_G4 - weight_G4.detach())
-    kept_AG4 = kept_AG4 + weight_G4.detach() * (soft_AG4 - soft_AG4.detach())
+        others.append(weight_G4.expand_as(soft_AG4))
+        weight_G4 = weight_G4.detach()
+    kept_AG4 = _AsIf.apply(torch.where(hard_AG4, weight_G4, 0.0), *others)
     pattern = pattern_AG.to(torch.uint8).reshape(*shape[:-1], shape[-1] // 4)
     return kept_AG4.to(weight.dtype).reshape(shape), pattern
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as nn_functional
 from torch import Tensor
+from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
 
 
 class Packed24(NamedTuple):
@@ -111,6 +112,26 @@ def unpack(packed: Packed24) -> Tensor:
     dense_TG4 = packed.values.new_zeros(num_tokens, num_groups, 4)
     values_TG2 = packed.values.reshape(num_tokens, num_groups, 2)
     return dense_TG4.scatter_(2, place_TG2, values_TG2).flatten(1)
+
+
+def cutlass_metadata(codes_TB: Tensor) -> Tensor:
+    """(T, F / 16) int16: the codes as CUTLASS reads them; torch's own order of words.
+
+    Raises:
+        ValueError: T no multiple of 32, or F none of 16 (of 64 where a product follows).
+    """
+    num_tokens, num_bytes = codes_TB.shape
+    if num_tokens % 32 or num_bytes % 2:
+        raise ValueError(
+            f"got codes of {num_tokens} tokens and {8 * num_bytes} features, expected multiples of "
+            "32 and 16; pad the tokens and round the width up"
+        )
+    words_TW = codes_TB.contiguous().view(torch.int16)
+    offsets = _calculate_meta_reordering_scatter_offsets(
+        num_tokens, num_bytes // 2, torch.int16, codes_TB.device
+    )
+    ordered = torch.empty_like(words_TW).flatten()
+    return ordered.scatter_(0, offsets, words_TW.flatten()).view_as(words_TW)
 
 
 def _relu(x: Tensor) -> Tensor:
