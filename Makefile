@@ -60,7 +60,7 @@ bench: setup
 
 # Both run, whatever the first one finds.
 bench-gpu:
-	@status=0; for name in nsa_gpu moe_gpu; do \
+	@status=0; for name in nsa_gpu moe_gpu sparse24_gpu; do \
 		echo "== exp/bench/$$name.py"; $(RUN) exp/bench/$$name.py $(ARGS) || status=1; done; \
 		exit $$status
 

@@ -41,8 +41,8 @@ from tiny_onn_kernels.relu2_24 import kernel as relu2_24_kernel
 from tiny_onn_kernels.relu2_24 import reference as relu2_24_reference
 
 BOUND = 1e-2
-"""Of products, and of drawn weights: logarithms are rounded otherwise than torch's, so of millions of
-groups a few with two equally good patterns get the other one."""
+"""Of products, and of drawn weights: logarithms are rounded otherwise than torch's, so of millions
+of groups a few with two equally good patterns get the other one."""
 
 LIMIT_S = 2.0
 Pack = Callable[[Tensor], Tensor]

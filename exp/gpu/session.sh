@@ -3,7 +3,7 @@
 # (20 minutes here) and scored.
 #
 #   bash exp/gpu/session.sh test      the gpu-marked tests (in a lease of their own: about 2 minutes)
-#   bash exp/gpu/session.sh bench     kernels of NSA and the experts (9 minutes; a rerun goes on)
+#   bash exp/gpu/session.sh bench     kernels of NSA, the experts and 2:4 (12 minutes; a rerun goes on)
 #   bash exp/gpu/session.sh start     training in a session of its own (survives the call)
 #   bash exp/gpu/session.sh wait [S]  keeps the machine busy for S seconds, shows progress
 #   bash exp/gpu/session.sh collect   predicts with full voting, scores, copies results to $OUT
@@ -42,7 +42,8 @@ case "${1:-start}" in
     cp -n .carried/bench_*_gpu.json exp/results/ 2>/dev/null || true # what an earlier lease finished
     "$PYTHON" exp/bench/nsa_gpu.py ${ARGS:-} || rc=$?
     "$PYTHON" exp/bench/moe_gpu.py ${ARGS:-} || rc=$?
-    cp exp/results/bench_{nsa,moe}_gpu.json "$OUT/"
+    "$PYTHON" exp/bench/sparse24_gpu.py ${ARGS:-} || rc=$?
+    cp exp/results/bench_{nsa,moe,sparse24}_gpu.json "$OUT/"
     exit $rc
     ;;
   start)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as nn_functional
 from torch import Tensor
-from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
 
 
 class Packed24(NamedTuple):
@@ -115,23 +114,24 @@ def unpack(packed: Packed24) -> Tensor:
 
 
 def cutlass_metadata(codes_TB: Tensor) -> Tensor:
-    """(T, F / 16) int16: the codes as CUTLASS reads them; torch's own order of words.
+    """(T, F / 16) int16: the codes in the order in which CUTLASS reads words of four groups.
+
+    With row t = 32 a + 16 b + 8 c + d and column 2 p + q of the words, word (t, 2 p + q) goes to
+    place (p, a, d, b, q, c) of a row-major tensor: 32 rows are interwoven by 8, blocks of two by
+    two transposed, and pairs of columns stored one pair after the other.
 
     Raises:
-        ValueError: T no multiple of 32, or F none of 16 (of 64 where a product follows).
+        ValueError: T or F no multiple of 32 (the products want 64 of F).
     """
     num_tokens, num_bytes = codes_TB.shape
-    if num_tokens % 32 or num_bytes % 2:
+    if num_tokens % 32 or num_bytes % 4:
         raise ValueError(
             f"got codes of {num_tokens} tokens and {8 * num_bytes} features, expected multiples of "
-            "32 and 16; pad the tokens and round the width up"
+            "32; pad the tokens and round the width up"
         )
     words_TW = codes_TB.contiguous().view(torch.int16)
-    offsets = _calculate_meta_reordering_scatter_offsets(
-        num_tokens, num_bytes // 2, torch.int16, codes_TB.device
-    )
-    ordered = torch.empty_like(words_TW).flatten()
-    return ordered.scatter_(0, offsets, words_TW.flatten()).view_as(words_TW)
+    words_abcdpq = words_TW.reshape(num_tokens // 32, 2, 2, 8, num_bytes // 4, 2)
+    return words_abcdpq.permute(4, 0, 3, 1, 5, 2).reshape(words_TW.shape)
 
 
 def _relu(x: Tensor) -> Tensor:
