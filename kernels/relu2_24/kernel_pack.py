@@ -120,9 +120,11 @@ def _is_wild(x0, x1, x2, x3):
 
 
 @triton.jit
-def _is_infinite(y0, y1, y2, y3):
+def _overflows(x0, x1, x2, x3, y0, y1, y2, y3):
+    """Whether a square that is kept is infinite, but not what was squared."""
     inf = float("inf")
-    return (y0 == inf) | (y1 == inf) | (y2 == inf) | (y3 == inf)
+    low = ((y0 == inf) & (x0 < inf)) | ((y1 == inf) & (x1 < inf))
+    return low | ((y2 == inf) & (x2 < inf)) | ((y3 == inf) & (x3 < inf))
 
 
 @triton.jit
@@ -162,8 +164,8 @@ def square_and_pack(
     else:
         _store_bytes(dense_ptr, first_B, is_there_B, count_B, y0, y1, y2, y3, y4, y5, y6, y7, B)
     wild_B = _is_wild(x0, x1, x2, x3) | _is_wild(x4, x5, x6, x7)
-    # What is infinite is kept: it is among the two largest, or two such are.
-    over_B = _is_infinite(y0, y1, y2, y3) | _is_infinite(y4, y5, y6, y7)
+    over_B = _overflows(x0, x1, x2, x3, y0, y1, y2, y3)
+    over_B = over_B | _overflows(x4, x5, x6, x7, y4, y5, y6, y7)
     _raise_flag(flags_ptr, over_B)
     _raise_flag(flags_ptr + 1, wild_B)
 

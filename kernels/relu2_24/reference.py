@@ -29,8 +29,8 @@ class Packed24(NamedTuple):
     conversion for CUTLASS has; seen as int16 these are its words before they are reordered). The
     odd half of a last byte that has but one group is 0.
     bits: (T, B) uint8; bit i of byte b: feature 8 b + i is kept and not zero.
-    flags: (2,) int32; 1 where the square of a finite number is not finite in x's dtype; 1 where x
-    is not finite.
+    flags: (2,) int32; 1 where a square that is kept, of a finite number, is not finite in x's
+    dtype; 1 where x is not finite.
     """
 
     values: Tensor
@@ -165,7 +165,7 @@ def relu2_24(x_TF: Tensor, check: bool = False) -> Packed24:
     place_TG2 = torch.stack(_positions(kept_TG4), dim=-1)
     values_TG2 = torch.where(kept_TF, y_TF, 0.0).reshape(groups).gather(2, place_TG2)
     weight_4 = torch.tensor([1, 2, 4, 8], device=x_TF.device)
-    overflows = (y_TF.isinf() & x_TF.isfinite()).any()
+    overflows = (kept_TF & y_TF.isinf() & x_TF.isfinite()).any()
     flags = torch.stack([overflows, ~x_TF.isfinite().all()]).int()
     if check:
         require_finite(flags, x_TF.dtype)

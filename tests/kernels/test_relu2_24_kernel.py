@@ -77,6 +77,7 @@ def test_results_repeat_bit_for_bit():
     assert_equal(run(kernel, x_TF), run(kernel, x_TF))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # NumPy's, interpreted
 @pytest.mark.parametrize("wild", [torch.nan, torch.inf, -torch.inf, 300.0, -300.0, 255.9, 256.0])
 @pytest.mark.parametrize("width", [16, 20])
 def test_numbers_that_are_not_finite_or_overflow_raise_the_references_flags(wild, width):
