@@ -214,3 +214,30 @@ def test_nothing_waits_for_the_device():
             kernel.relu2_24_gradient(x_TF, x_TF, packed.bits, pack=True)
         finally:
             torch.cuda.set_sync_debug_mode(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cutlass_multiplies_what_the_kernel_packed(dtype):
+    x_TF = make_input(Case(128, 256), dtype).to(DEVICE)
+    weight_FC = torch.randn(256, 64, device=DEVICE, dtype=dtype)
+    packed = kernel.relu2_24(x_TF)
+    sparse_TF = torch.sparse.SparseSemiStructuredTensorCUTLASS(
+        x_TF.shape, packed=packed.values, meta=reference.cutlass_metadata(packed.codes),
+        packed_t=None, meta_t=None, compressed_swizzled_bitmask=None,
+    )  # fmt: skip
+    want_TC = reference.relu2_24_dense(x_TF).double() @ weight_FC.double()
+    error_TC = (sparse_TF @ weight_FC).double() - want_TC
+    assert error_TC.norm() <= 1e-2 * want_TC.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_places_beyond_two_to_the_31():
+    tokens, tail = 2**21 + 5, 64
+    x_TF = torch.zeros(tokens, 1024, dtype=torch.bfloat16, device=DEVICE)
+    x_TF[-tail:].normal_()
+    got = kernel.relu2_24(x_TF)
+    want = reference.relu2_24(x_TF[-tail:])
+    assert_equal([t[-tail:] for t in got[:3]], want[:3])
+    assert_equal([kernel.relu2_24_dense(x_TF)[-tail:]], [reference.relu2_24_dense(x_TF[-tail:])])
