@@ -31,10 +31,14 @@ from triton.runtime.jit import JITFunction
 
 from tiny_onn_kernels.moe.kernel_workloads import workloads as moe_workloads
 from tiny_onn_kernels.nsa.kernel_workloads import workloads as nsa_workloads
+from tiny_onn_kernels.pattern24.kernel_workloads import workloads as pattern24_workloads
+from tiny_onn_kernels.relu2_24.kernel_workloads import workloads as relu2_24_workloads
 
 SOURCES: tuple[Callable[[], Iterator[tuple[str, Callable[[], None]]]], ...] = (
     moe_workloads,
     nsa_workloads,
+    pattern24_workloads,
+    relu2_24_workloads,
 )
 """Each gives names, and functions that launch kernels, on tensors whose numbers mean nothing."""
 

@@ -4,7 +4,7 @@
 #
 #   bash exp/gpu/session.sh test      the gpu-marked tests (about 2 minutes, in a lease of their own),
 #                                     then all others whose kernels run on the GPU where there is one
-#   bash exp/gpu/session.sh bench     kernels of NSA and the experts (9 minutes; a rerun goes on where
+#   bash exp/gpu/session.sh bench     kernels of NSA, the experts and 2:4 (12 minutes; a rerun goes on where
 #                                     the results in .carried/, if any, end)
 #   bash exp/gpu/session.sh start     training in a session of its own (survives the call)
 #   bash exp/gpu/session.sh wait [S]  keeps the machine busy for S seconds, shows progress
@@ -51,7 +51,7 @@ case "${1:-start}" in
     rc=0
     mkdir -p exp/results
     cp .carried/bench_*_gpu.json exp/results/ 2>/dev/null || true # what an earlier lease finished
-    for name in nsa moe; do # both run, whatever the first one finds
+    for name in nsa moe sparse24; do # each runs, whatever another finds
       "$PYTHON" "exp/bench/${name}_gpu.py" ${ARGS:-} || rc=$?
       cp "exp/results/bench_${name}_gpu.json" "$OUT/" 2>/dev/null || true
     done
