@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.config.check_network import check_model, check_moe, check_nsa
+from tiny_onn.config.check_network import (
+    check_model,
+    check_moe,
+    check_nsa,
+    hidden_width,
+)
 from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
 from tiny_onn.model.deep_embed import DeepEmbed, DeltaOf, InputMix
 from tiny_onn.model.dyn_moe import DynMoE, Routing, RoutingLog
 from tiny_onn.model.embedding import Embedding
-from tiny_onn.model.ffn import SwiGLU
+from tiny_onn.model.ffn import ActSparse24MLP, SquaredReLU, SwiGLU
 from tiny_onn.model.flash_varlen import flash_varlen
 from tiny_onn.model.kv_cache import KVCache
 from tiny_onn.model.nsa import NativeSparseAttention
@@ -69,7 +74,7 @@ class TinyONN(nn.Module):
                 self._ffn(layer),
                 film=config.task_modulation == "film",
                 dropout=config.dropout,
-                mix=InputMix(config.width, deep.mix_rank, config.ffn_width) if mixes else None,
+                mix=InputMix(config.width, deep.mix_rank, hidden_width(config)) if mixes else None,
                 scale_output=deep.form == "1x",
             )
             for layer in range(config.layers)
@@ -81,10 +86,14 @@ class TinyONN(nn.Module):
         # Drawn after all other weights, which are those of the same seed without it.
         self.deep_embed = DeepEmbed(config, num_tasks) if deep.keys else None
 
-    def _ffn(self, layer: int) -> SwiGLU | DynMoE:
+    def _ffn(self, layer: int) -> SwiGLU | SquaredReLU | DynMoE:
         config, moe = self.config, self.moe
         if config.ffn == "dynmoe" and (config.layers - 1 - layer) % moe.every == 0:
             return DynMoE(config.width, moe, layer)
+        if config.ffn == "relu2":
+            return SquaredReLU(config.width, hidden_width(config))
+        if config.ffn == "relu2_act24":
+            return ActSparse24MLP(config.width, hidden_width(config), config.act24)
         return SwiGLU(config.width, config.ffn_width)
 
     @property
