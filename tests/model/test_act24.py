@@ -130,7 +130,8 @@ def test_the_count_is_saved_with_the_weights_and_the_order_is_not():
 @pytest.mark.parametrize("ffn", ["relu2", "relu2_act24"])
 def test_decoding_is_the_parallel_forward(documents, assert_decoding_is_parallel, ffn, method):
     network = build(ffn, ActSparse24Config(method, 0)).double().eval()
-    assert_decoding_is_parallel(network, documents(), [3, 8, 20, 15])
+    docs = documents()
+    assert_decoding_is_parallel(network, docs, [doc.prefix_len for doc in docs])
 
 
 @pytest.mark.parametrize("form", ["1x", "4x", "v7a"])
@@ -148,7 +149,9 @@ def test_a_scaled_hidden_layer_is_scaled_before_it_is_made_sparse():
     dense = SquaredReLU(6, 64).double()
     with torch.no_grad():
         dense.up.weight.unflatten(0, (-1, 4))[:, 2:] = 0
-    sparse = ActSparse24MLP(6, 64, ActSparse24Config(activation_dense_warmup_steps=0, split_ratio=0))
+    sparse = ActSparse24MLP(
+        6, 64, ActSparse24Config(activation_dense_warmup_steps=0, split_ratio=0)
+    )
     sparse = sparse.double().train()
     sparse.load_state_dict(dense.state_dict() | {"optimizer_steps": torch.tensor(0)})
     x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)

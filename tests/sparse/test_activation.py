@@ -143,7 +143,9 @@ def test_the_order_of_tokens_changes_weight_gradients_only(method):
     assert not torch.allclose(found[0][2], found[1][2])
     assert not torch.allclose(found[0][3], found[1][3])
     exact = replace(options, split_ratio=0.0)
-    dense = [gradients(squared_relu_24(*leaves, exact, o, factor), leaves, dy) for o in (None, order)]
+    dense = [
+        gradients(squared_relu_24(*leaves, exact, o, factor), leaves, dy) for o in (None, order)
+    ]
     torch.testing.assert_close(dense[0], dense[1])
 
 
@@ -264,7 +266,7 @@ def test_gradients_that_nobody_asks_for_are_left_out_and_there_are_no_second_one
     (ddown,) = gradients(y, (down,), dy)
     assert ddown.shape == down.shape
     y = squared_relu_24(x, up, down, ActSparse24())
-    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    (dx,) = torch.autograd.grad(y, x, dy.requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -282,7 +284,13 @@ def test_the_tally_counts_what_a_loop_counts():
     kept = [(top2(t, 0) != 0).sum().item() for t in (sparse, dhidden)]
     nonzeros = (active != 0).sum().item()
     dropped = nonzeros - (sparse != 0).sum().item()
-    assert tally.take() == [active.numel(), nonzeros, dropped, sum(operands), sum(operands) - sum(kept)]
+    assert tally.take() == [
+        active.numel(),
+        nonzeros,
+        dropped,
+        sum(operands),
+        sum(operands) - sum(kept),
+    ]
     tally.add_tokens(active, None)  # the dense warm-up says the same
     assert tally.take() == [active.numel(), nonzeros, dropped, 0, 0]
 
@@ -312,7 +320,8 @@ def test_impossible_inputs_are_refused_in_one_line(change, message):
 
 
 @pytest.mark.parametrize(
-    "given", [{"method": "top2"}, {"split_by": "size"}, {"split_ratio": 1.5}, {"gradient_method": ""}]
+    "given",
+    [{"method": "top2"}, {"split_by": "size"}, {"split_ratio": 1.5}, {"gradient_method": ""}],
 )
 def test_unknown_options_are_refused(given):
     with pytest.raises(UserError, match="expected"):

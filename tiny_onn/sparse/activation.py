@@ -177,8 +177,11 @@ def token_wise(values_TF: Tensor, method: Method) -> tuple[Tensor, Tensor]:
     assert method == "soft_threshold", method
     shrunk_TF = soft_threshold(values_TF, ALONG_FEATURES, check=False)
     wide = torch.promote_types(values_TF.dtype, torch.float32)
-    energy_T1 = shrunk_TF.to(wide).square().sum(dim=1, keepdim=True)
-    product_T1 = (shrunk_TF.to(wide) * values_TF.to(wide)).sum(dim=1, keepdim=True)
+    most_T1 = shrunk_TF.abs().amax(dim=1, keepdim=True).to(wide)
+    most_T1 = torch.where(most_T1 > 0, most_T1, 1.0)  # beta is that of any multiple
+    unit_TF = shrunk_TF.to(wide) / most_T1
+    energy_T1 = unit_TF.square().sum(dim=1, keepdim=True)
+    product_T1 = (unit_TF * (values_TF.to(wide) / most_T1)).sum(dim=1, keepdim=True)
     beta_T1 = torch.where(energy_T1 > 0, product_T1 / energy_T1, 1.0).to(values_TF.dtype)
     return shrunk_TF * beta_T1, (shrunk_TF != 0) * beta_T1
 
