@@ -35,7 +35,9 @@ ARMS = {
     "relu2": Arm("dense ReLU²", "relu2"),
     "act24": Arm("2:4: naive, split 95%, permuted, masked, direct dX"),
     "mvue": Arm("activations by mvue", options={"activation_sparse_method": "mvue"}),
-    "soft": Arm("activations by soft_threshold", options={"activation_sparse_method": "soft_threshold"}),
+    "soft": Arm(
+        "activations by soft_threshold", options={"activation_sparse_method": "soft_threshold"}
+    ),
     "gradient-mvue": Arm("weight gradients by mvue", options={"gradient_sparse_method": "mvue"}),
     "split0": Arm("split 0: exact weight gradients", options={"split_ratio": 0.0}),
     "split100": Arm("split 100%: no dense feature", options={"split_ratio": 1.0}),
@@ -48,7 +50,7 @@ ARMS = {
     "no-mask": Arm("forward mask not kept", options={"keep_forward_mask": False}),
     "dx-split": Arm("dX from the feature-wise operand", options={"dx_direct_sparse": False}),
     "no-warmup": Arm("no dense warm-up", warmup_share=0.0),
-}  # fmt: skip
+}
 """In the order of the table. ``act24`` is the default; those after it change one thing of it, but
 the one with both its split and its permutation off."""
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from tiny_onn.model.ffn import act24_layers, count_optimizer_steps
 from tiny_onn.sparse.activation import ActSparse24
 
-CONTEXT, WINDOWS = 128, 8
-PEAK_LR, LR_WARMUP_STEPS = 2e-3, 20
+CONTEXT, WINDOWS = 128, 4
+PEAK_LR, LR_WARMUP_STEPS = 5e-3, 20
 LOG_EVERY = 20
 
 FIDELITY = {
@@ -117,7 +117,7 @@ def take_drops(model: CharLM) -> dict[str, list[float]]:
 def fidelity(model: CharLM, text: Text, draws: torch.Generator) -> dict[str, dict[str, float]]:
     """Relative error (Frobenius, over all FFNs) of the weight gradients of one batch, and of the
     embedding's gradient, for which dX counts, by each of FIDELITY."""
-    starts = torch.randint(len(text.train_N) - CONTEXT, (4 * WINDOWS,), generator=draws)
+    starts = torch.randint(len(text.train_N) - CONTEXT, (8 * WINDOWS,), generator=draws)
     batch = windows(text.train_N, starts, CONTEXT)
     layers = act24_layers(model)
     names = ("dU", "dD", "dX")

@@ -97,3 +97,21 @@ def test_a_product_with_a_sparse_operand_counts_half(tiny):
     split = replace(config.model, act24=replace(act24, dx_direct_sparse=False))
     model = build_model(split, 3)
     assert train_flops(model, split, sparse_steps) == same - saved * 3 // 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(tiny, start, tmp_path, strategy):
+    """With exact weight gradients: otherwise groups of tokens are each process's own."""
+    act24 = replace(ACT24, split_ratio=0.0)
+    one = replace(tiny(model=MODEL | {"act24": act24}), out=str(tmp_path / "one"))
+    two = tiny(model=one.model.__dict__, trainer={"devices": 2, "strategy": strategy})
+    two = replace(two, out=str(tmp_path / "two"))
+    assert run_training(one) == 0
+    process = start(two)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert column(two, "loss") == pytest.approx(column(one, "loss"), rel=2e-3)
+    for name in ("act24/sparse", "act24/dropped_0", "act24/nonzero_1"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=0.02), name
+    assert [int(f.optimizer_steps) for f in act24_layers(load_model(two.out).model)] == [6, 6]

@@ -95,11 +95,11 @@ class DropTally:
     @torch.no_grad()
     def add_tokens(self, before: Tensor, after: Tensor | None) -> None:
         """Activations before and after; without ``after``, what the 2 largest of 4 would drop."""
-        nonzeros = before.count_nonzero()
+        nonzeros = _nonzeros(before)
         if after is None:
             lost = _overfull(before, ALONG_FEATURES).sum()
         else:
-            lost = nonzeros - after.count_nonzero()
+            lost = nonzeros - _nonzeros(after)
         numbers = torch.full_like(nonzeros, before.numel())
         none = torch.zeros_like(nonzeros)
         self._add(torch.stack([numbers, nonzeros, lost, none, none]))
@@ -107,19 +107,20 @@ class DropTally:
     @torch.no_grad()
     def add_features(self, before: Tensor, after: Tensor) -> None:
         """An operand along the tokens before and after."""
-        nonzeros = before.count_nonzero()
+        nonzeros = _nonzeros(before)
         none = torch.zeros_like(nonzeros)
-        lost = nonzeros - after.count_nonzero()
+        lost = nonzeros - _nonzeros(after)
         self._add(torch.stack([none, none, none, nonzeros, lost]))
 
     def _add(self, counts: Tensor) -> None:
+        counts = counts.double()
         self._sums = counts if self._sums is None else self._sums + counts
 
     def take(self) -> list[int]:
         """Counts in the order of NAMES since the last call. Waits for the device."""
-        counts = [0] * len(self.NAMES) if self._sums is None else self._sums.tolist()
+        sums = [0.0] * len(self.NAMES) if self._sums is None else self._sums.tolist()
         self._sums = None
-        return counts
+        return [round(count) for count in sums]
 
 
 def token_keys(seed: int) -> Tensor:
@@ -212,10 +213,16 @@ def feature_wise(values_TF: Tensor, options: ActSparse24) -> Tensor:
 def _crowd(padded_TF: Tensor, split_by: SplitBy) -> Tensor:
     """(F,) by which features are split: the largest stay dense."""
     if split_by == "nonzeros":
-        return padded_TF.count_nonzero(dim=0)
+        return _nonzeros(padded_TF, dim=0)
     if split_by == "dropped":
         return _overfull(padded_TF, ALONG_TOKENS).sum(dim=0)
     return torch.arange(padded_TF.shape[1], device=padded_TF.device) * 0x9E3779B1 % (1 << 32)
+
+
+def _nonzeros(values: Tensor, dim: int | None = None) -> Tensor:
+    """How many, as a float: faster than count_nonzero; of more than 2^24 the last bits are lost."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.linalg.vector_norm(values, 0, dim=dim, dtype=wide)
 
 
 def _overfull(values: Tensor, pattern: NMPattern) -> Tensor:
