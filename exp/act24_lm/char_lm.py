@@ -60,9 +60,11 @@ class CharLM(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 deep = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 if "s.weight" in name else p.shape[1] ** -0.5)
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
                 if deep:
                     p.data /= (2 * layers) ** 0.5
+        nn.init.normal_(self.symbols.weight)  # small ones learn far slower in so few steps
+        nn.init.normal_(self.positions.weight, std=0.3)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, symbols_BS: Tensor) -> Tensor:

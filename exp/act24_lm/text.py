@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 VALIDATION_EVERY = 10
-"""Every tenth topic, by name, is kept for validation."""
+"""Every tenth topic, by name, is kept for validation; topics that repeat a part of one of these are
+left out of training."""
+
+LONG = 60
+"""Characters of a line that no two parts of the text have by chance."""
 
 PLAIN = [chr(c) for c in (10, *range(32, 127))]
 """Newline and printable ASCII; any other character becomes the last symbol."""
@@ -34,10 +38,17 @@ def load_text() -> Text:
     """The same split for every run of one Python version."""
     names = sorted(topics)
     held = names[::VALIDATION_EVERY]
-    parts = ["\n\n".join(topics[n] for n in names if (n in held) == kept) for kept in (False, True)]
+    seen = set().union(*(_long_lines(topics[n]) for n in held))
+    others = [n for n in names if n not in held and not seen & _long_lines(topics[n])]
+    parts = ["\n\n".join(topics[n] for n in kept) for kept in (others, held)]
     train_N, validation_N = (encode(part) for part in parts)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return Text(train_N, validation_N, digest)
+
+
+def _long_lines(text: str) -> set[str]:
+    """Chapters repeat parts of each other: a long line in common tells."""
+    return {line for line in text.split("\n") if len(line) > LONG}
 
 
 def encode(text: str) -> Tensor:
