@@ -16,7 +16,7 @@ def take_drops(model: nn.Module, channel: StepChannel) -> dict[str, float]:
     that were not zero; ``dropped``, of these the share that 2:4 along the features dropped (in the
     dense warm-up: would have); ``feature_dropped``, the same of what weight gradients were taken
     of, along the tokens, features that stay dense included. ``sparse``: whether the warm-up is
-    over.
+    over. Rows that fill up a packed batch are counted with the others.
     """
     layers = act24_layers(model)
     if not layers:
