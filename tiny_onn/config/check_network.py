@@ -41,6 +41,34 @@ def check_model(model: ModelConfig) -> None:
             "newline, separator, end); leave it out"
         )
     check_deep_embed(model)
+    check_act24(model)
+
+
+def hidden_width(model: ModelConfig) -> int:
+    """Hidden width of the FFN that is not of experts.
+
+    Squared ReLU has no gate, so at equal parameters it is 1.5 times as wide as SwiGLU: the nearest
+    multiple of 128 (64 where ffn_width is below 512, the least that CUTLASS's 2:4 products take),
+    the smaller of two as near.
+    """
+    if not model.ffn.startswith("relu2"):
+        return model.ffn_width
+    align = 128 if model.ffn_width >= 512 else 64
+    return max(1, -(-(3 * model.ffn_width - align) // (2 * align))) * align
+
+
+def check_act24(model: ModelConfig) -> None:
+    """Numbers in their ranges, and a width, if it is read, that groups of four divide.
+
+    Raises:
+        UserError: a number out of range, a width not divisible by 4.
+    """
+    check_group("model.act24", model.act24)
+    if model.ffn == "relu2_act24" and model.ffn_width % 4:
+        raise UserError(
+            f"got model.ffn_width={model.ffn_width} with model.ffn=relu2_act24; expected a "
+            f"multiple of 4 for 2:4 sparsity; use {-(-model.ffn_width // 4) * 4}"
+        )
 
 
 def check_deep_embed(model: ModelConfig) -> None:
@@ -84,7 +112,7 @@ def deep_embed_width(model: ModelConfig) -> int:
     """Numbers that a row of a DeepEmbed table stands for, in every layer."""
     if model.deep_embed.form == "v7a":
         return model.deep_embed.mix_rank**2
-    return model.width if model.deep_embed.form == "1x" else model.ffn_width
+    return model.width if model.deep_embed.form == "1x" else hidden_width(model)
 
 
 def check_moe(moe: MoeConfig, model: ModelConfig) -> None:
@@ -177,10 +205,10 @@ def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
                 "model.weights=k24"
             )
         return
-    if model.ffn not in ("dense", "dynmoe"):
+    if model.ffn == "relu2_act24":
         raise UserError(
-            f"got model.ffn={model.ffn} with model.weights=k24; expected dense or dynmoe, whose "
-            "matrices can wear masks; use one of them, or model.weights=dense"
+            "got model.ffn=relu2_act24 with model.weights=k24; expected one of them, for a sparse "
+            "product takes one 2:4 operand; use model.ffn=relu2, or model.weights=dense"
         )
     widths = {"model.width": model.width}
     if not experts or moe.every > 1:

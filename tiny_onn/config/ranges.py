@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tiny_onn.config.schema import (
+    ActSparse24Config,
     BudgetConfig,
     DeepEmbedConfig,
     EaviConfig,
@@ -23,6 +24,7 @@ from tiny_onn.errors import UserError
 _AT_LEAST_1, _AT_LEAST_0 = (1, math.inf, "at least 1"), (0, math.inf, "at least 0")
 _ABOVE_0 = (math.ulp(0.0), math.inf, "above 0")
 _SHARE = (0, 1, "from 0 to 1")
+_SEED = (0, 2**32 - 1, "from 0 to 4294967295")
 _BELOW_1 = (0, math.nextafter(1.0, 0.0), "at least 0 and below 1")
 
 RANGES: dict[str, tuple[float, float, str]] = {
@@ -72,6 +74,9 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "model.deep_embed.rank": _AT_LEAST_0,
     "model.deep_embed.task_rank": _AT_LEAST_1,
     "model.deep_embed.mix_rank": _AT_LEAST_1,
+    "model.act24.activation_dense_warmup_steps": _AT_LEAST_0,
+    "model.act24.split_ratio": _SHARE,
+    "model.act24.permute_seed": _SEED,
     "nsa.block": _AT_LEAST_1,
     "nsa.stride": _AT_LEAST_1,
     "nsa.select_block": _AT_LEAST_1,
@@ -111,7 +116,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "trainer.checkpoint_steps": _AT_LEAST_0,
     "trainer.holdout_share": _SHARE,
     "trainer.holdout_decode": _AT_LEAST_0,
-    "seed": (0, 2**32 - 1, "from 0 to 4294967295"),
+    "seed": _SEED,
     "threads": _AT_LEAST_0,
     "examples": _AT_LEAST_1,
     "predict.views": _AT_LEAST_1,
@@ -135,7 +140,8 @@ def check_ranges(values: Mapping[str, Any]) -> None:
 
 def check_group(
     group: str,
-    settings: BudgetConfig
+    settings: ActSparse24Config
+    | BudgetConfig
     | DeepEmbedConfig
     | EaviConfig
     | K24Config

@@ -60,6 +60,35 @@ class DeepEmbedConfig:
 
 
 @dataclass(frozen=True)
+class ActSparse24Config:
+    """2:4 activations: read where model.ffn=relu2_act24 (tiny_onn/sparse/activation.py)."""
+
+    activation_sparse_method: Literal["naive", "mvue", "soft_threshold"] = key(
+        "naive", "activations: the 2 largest of 4, an unbiased draw of 2, or a soft threshold"
+    )
+    activation_dense_warmup_steps: int = key(
+        1000, "optimizer steps with dense activations before the switch"
+    )
+    dx_direct_sparse: bool = key(
+        True, "input gradient from what the forward's mask left: exact; false: as dW1's operand"
+    )
+    gradient_sparse_method: Literal["naive", "mvue"] = key(
+        "naive", "operands of the weight gradients, along tokens: 2 largest of 4, or unbiased draw"
+    )
+    split_ratio: float = key(
+        0.95, "share of the features, the sparsest, whose weight gradients are 2:4; others: dense"
+    )
+    split_by: Literal["nonzeros", "dropped", "random"] = key(
+        "nonzeros", "sparsest: fewest nonzeros, fewest that 2:4 would drop; random: a control"
+    )
+    permute_tokens: bool = key(True, "group tokens in a fixed random order for weight gradients")
+    permute_seed: int = key(0, "seeds that order")
+    keep_forward_mask: bool = key(
+        True, "what the forward dropped has no gradient; false: gradients of dense activations"
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     width: int = key(128, "residual width")
     layers: int = key(4, "distinct transformer blocks")
@@ -67,14 +96,18 @@ class ModelConfig:
     heads: int = key(4, "query heads")
     kv_heads: int = key(4, "key/value heads (GQA when fewer than heads)")
     head_width: int = key(32, "width of a head; even, at least 8")
-    ffn_width: int = key(384, "hidden width of the SwiGLU FFN")
+    ffn_width: int = key(
+        384, "hidden width of the SwiGLU FFN; squared ReLU: 1.5 times that, to 64 (from 512: 128)"
+    )
     mask: Literal["prefix", "causal"] = key(
         "prefix", "prefix: the query grid sees itself both ways, the output is causal"
     )
     attention: Literal["full", "nsa"] = key(
         "full", "attention module: full, or Native Sparse Attention (nsa.*)"
     )
-    ffn: Literal["dense", "dynmoe"] = key("dense", "FFN module: SwiGLU, or its experts (moe.*)")
+    ffn: Literal["dense", "dynmoe", "relu2", "relu2_act24"] = key(
+        "dense", "FFN: SwiGLU, its experts (moe.*), squared ReLU, or that with 2:4 activations"
+    )
     weights: Literal["dense", "k24"] = key(
         "dense", "matrices of FFN and experts: dense, or under 2:4 masks that are learnt (k24.*)"
     )
@@ -86,6 +119,7 @@ class ModelConfig:
     )
     vocab_size: int = key(14, "tokens: ten colours, start, newline, separator, end")
     deep_embed: DeepEmbedConfig = field(default_factory=DeepEmbedConfig)
+    act24: ActSparse24Config = field(default_factory=ActSparse24Config)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.deep_embed import DeltaOf, InputMix, scale
 from tiny_onn.model.dyn_moe import DynMoE, RoutingLog
-from tiny_onn.model.ffn import SwiGLU
+from tiny_onn.model.ffn import ActSparse24MLP, SquaredReLU, SwiGLU
 from tiny_onn.model.nsa import NativeSparseAttention
 
 
@@ -42,8 +42,9 @@ class Block(nn.Module):
 
     They are the parts that ``compile_parts`` hands to torch.compile (dynamic in N), because
     attention over ragged documents would be recompiled for every batch. Experts run on ragged
-    rows too, and 2:4 masks are drawn from generators that torch.compile does not know: a block with
-    them compiles ``settle``, what of ``leave`` comes before its FFN.
+    rows too, 2:4 masks are drawn from generators that torch.compile does not know, and 2:4
+    activations have a backward of their own that counts what it drops: a block with one of these
+    compiles ``settle``, what of ``leave`` comes before its FFN.
 
     DeepEmbed's delta is looked up between the two, so that a table on disk is read while
     attention runs. It scales the FFN's hidden layer (form 4x; of ``mix``, form v7a, what that
@@ -54,7 +55,7 @@ class Block(nn.Module):
         self,
         width: int,
         attention: FullAttention | NativeSparseAttention,
-        ffn: SwiGLU | DynMoE,
+        ffn: SwiGLU | SquaredReLU | DynMoE,
         film: bool,
         dropout: float,
         mix: InputMix | None = None,
@@ -72,7 +73,7 @@ class Block(nn.Module):
 
     def compile_parts(self) -> None:
         self.enter = torch.compile(self.enter, dynamic=True)
-        if isinstance(self.ffn, SwiGLU) and not self.ffn.masked:
+        if not isinstance(self.ffn, DynMoE | ActSparse24MLP) and not self.ffn.masked:
             self.leave = torch.compile(self.leave, dynamic=True)
         else:
             self.settle = torch.compile(self.settle, dynamic=True)

@@ -39,8 +39,12 @@ DeltaOf = Callable[[Tensor | None], Tensor]
 
 def scale(values_NX: Tensor, delta_NX: Tensor) -> Tensor:
     """values * (1 + delta), at least in float32, in the dtype of the values."""
-    wide = delta_NX.float() if delta_NX.dtype.itemsize < 4 else delta_NX
-    return (values_NX * (1 + wide)).to(values_NX.dtype)
+    return (values_NX * delta_factor(delta_NX)).to(values_NX.dtype)
+
+
+def delta_factor(delta_NX: Tensor) -> Tensor:
+    """1 + delta, at least in float32."""
+    return 1 + (delta_NX.float() if delta_NX.dtype.itemsize < 4 else delta_NX)
 
 
 class InputMix(nn.Module):

@@ -1,12 +1,28 @@
-"""SwiGLU feed-forward network (Shazeer, arXiv 2002.05202). N tokens, C width, F hidden width."""
+"""Feed-forward networks: SwiGLU (Shazeer, arXiv 2002.05202), and squared ReLU (So et al., arXiv
+2109.08668), whose activations may be made 2:4 sparse (tiny_onn/sparse/activation.py).
+
+N tokens, C width, F hidden width.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.model.deep_embed import scale
+from tiny_onn.config.schema import ActSparse24Config
+from tiny_onn.model.deep_embed import delta_factor, scale
 from tiny_onn.model.k24_parts import K24Parts
+from tiny_onn.sparse.activation import (
+    ActSparse24,
+    DropTally,
+    squared_relu_24,
+    squared_relu_24_frozen,
+    token_keys,
+    token_order,
+)
 
 
 class SwiGLU(nn.Module):
@@ -32,3 +48,103 @@ class SwiGLU(nn.Module):
         if delta_NF is not None:
             hidden_NF = scale(hidden_NF, delta_NF)
         return self.down(hidden_NF)
+
+
+class SquaredReLU(nn.Module):
+    """x_NC -> relu(x W_up)^2 W_down; ``delta_NF`` and ``k24`` as for :class:`SwiGLU`."""
+
+    def __init__(self, width: int, hidden: int, k24: K24Parts | None = None) -> None:
+        super().__init__()
+        self.masked = k24 is not None
+        if k24 is None:
+            self.up = nn.Linear(width, hidden, bias=False)
+            self.down = nn.Linear(hidden, width, bias=False)
+        else:
+            self.up = k24.linear(width, hidden)
+            self.down = k24.linear(hidden, width)
+
+    def activate(self, x_NC: Tensor, delta_NF: Tensor | None) -> Tensor:
+        """The hidden layer (N, F)."""
+        relu_NF = F.relu(self.up(x_NC))
+        hidden_NF = relu_NF * relu_NF
+        return hidden_NF if delta_NF is None else scale(hidden_NF, delta_NF)
+
+    def forward(self, x_NC: Tensor, delta_NF: Tensor | None = None) -> Tensor:
+        return self.down(self.activate(x_NC, delta_NF))
+
+
+class ActSparse24MLP(SquaredReLU):
+    """:class:`SquaredReLU` with 2:4 activations, once its dense warm-up is over.
+
+    ``optimizer_steps`` is saved with the weights: it says whether a loaded network is still in its
+    warm-up, in which it is :class:`SquaredReLU` to the bit. Only :meth:`advance_step` moves it, so
+    neither recomputed nor accumulated forwards count (see :func:`count_optimizer_steps`).
+
+    In evaluation nothing is drawn and no token depends on another: the 2 largest of 4, or the soft
+    threshold where that is the method.
+
+    Raises:
+        UserError: a hidden width not divisible by 4 (at the first sparse forward).
+    """
+
+    def __init__(self, width: int, hidden: int, config: ActSparse24Config) -> None:
+        super().__init__(width, hidden)
+        self.warmup_steps = config.activation_dense_warmup_steps
+        self.options = ActSparse24(
+            method=config.activation_sparse_method,
+            gradient_method=config.gradient_sparse_method,
+            split_ratio=config.split_ratio,
+            split_by=config.split_by,
+            keep_forward_mask=config.keep_forward_mask,
+            dx_direct_sparse=config.dx_direct_sparse,
+        )
+        self.tally = DropTally()
+        self.register_buffer("optimizer_steps", torch.zeros((), dtype=torch.int64))
+        keys = token_keys(config.permute_seed) if config.permute_tokens else None
+        self.register_buffer("token_keys", keys, persistent=False)
+        self._steps = 0  # the same number where reading it waits for no device
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the dense warm-up is over."""
+        return self._steps >= self.warmup_steps
+
+    def advance_step(self) -> None:
+        """An optimizer step is done."""
+        self.optimizer_steps += 1
+        self._steps += 1
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._steps = int(self.optimizer_steps)
+
+    def forward(self, x_NC: Tensor, delta_NF: Tensor | None = None) -> Tensor:
+        if not self.is_sparse:
+            hidden_NF = self.activate(x_NC, delta_NF)
+            if self.training:
+                self.tally.add_tokens(hidden_NF, None)
+            return self.down(hidden_NF)
+        device = x_NC.device.type
+        dtype = x_NC.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        x_NC, up_FC, down_CF = (t.to(dtype) for t in (x_NC, self.up.weight, self.down.weight))
+        factor_NF = None if delta_NF is None else delta_factor(delta_NF)
+        if not self.training:
+            return squared_relu_24_frozen(x_NC, up_FC, down_CF, self.options.method, factor_NF)
+        order_N = None if self.token_keys is None else token_order(self.token_keys, len(x_NC))
+        return squared_relu_24(
+            x_NC, up_FC, down_CF, self.options, order_N, factor_NF, tally=self.tally
+        )
+
+
+def act24_layers(model: nn.Module) -> list[ActSparse24MLP]:
+    """All FFNs with 2:4 activations in ``model``, in its order."""
+    return [module for module in model.modules() if isinstance(module, ActSparse24MLP)]
+
+
+def count_optimizer_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """From now on a step of ``optimizer`` advances the warm-up of ``model``'s 2:4 FFNs by one."""
+    layers = act24_layers(model)
+    if layers:
+        optimizer.register_step_post_hook(lambda *_: [layer.advance_step() for layer in layers])

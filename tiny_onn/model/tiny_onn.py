@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiny_onn.config.check_network import check_k24, check_model, check_moe, check_nsa
+from tiny_onn.config.check_network import (
+    check_k24,
+    check_model,
+    check_moe,
+    check_nsa,
+    hidden_width,
+)
 from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.model.attention import AttentionContext, FullAttention
 from tiny_onn.model.block import Block
@@ -22,7 +28,7 @@ from tiny_onn.model.deep_embed import DeepEmbed, DeltaOf, InputMix
 from tiny_onn.model.dyn_moe import DynMoE, Routing, RoutingLog
 from tiny_onn.model.embedding import Embedding
 from tiny_onn.model.experts import Experts
-from tiny_onn.model.ffn import SwiGLU
+from tiny_onn.model.ffn import ActSparse24MLP, SquaredReLU, SwiGLU
 from tiny_onn.model.flash_varlen import flash_varlen
 from tiny_onn.model.k24_parts import K24Parts
 from tiny_onn.model.kv_cache import KVCache
@@ -80,7 +86,7 @@ class TinyONN(nn.Module):
                 self._ffn(layer),
                 film=config.task_modulation == "film",
                 dropout=config.dropout,
-                mix=InputMix(config.width, deep.mix_rank, config.ffn_width) if mixes else None,
+                mix=InputMix(config.width, deep.mix_rank, hidden_width(config)) if mixes else None,
                 scale_output=deep.form == "1x",
             )
             for layer in range(config.layers)
@@ -94,10 +100,14 @@ class TinyONN(nn.Module):
         for pattern, _ in self.masked_weights:
             pattern.reset_parameters()
 
-    def _ffn(self, layer: int) -> SwiGLU | DynMoE:
+    def _ffn(self, layer: int) -> SwiGLU | SquaredReLU | DynMoE:
         config, moe = self.config, self.moe
         if config.ffn == "dynmoe" and (config.layers - 1 - layer) % moe.every == 0:
             return DynMoE(config.width, moe, layer, self.k24)
+        if config.ffn == "relu2":
+            return SquaredReLU(config.width, hidden_width(config), self.k24)
+        if config.ffn == "relu2_act24":
+            return ActSparse24MLP(config.width, hidden_width(config), config.act24)
         return SwiGLU(config.width, config.ffn_width, self.k24)
 
     @property

@@ -148,4 +148,4 @@ class Eavi(Pretrain):
         return eavi.truth_weight * terms.truth + own / eavi.excursions_per_document
 
     def take_metrics(self, channel: StepChannel) -> dict[str, float]:
-        return self._tally.take(channel)
+        return super().take_metrics(channel) | self._tally.take(channel)

@@ -21,6 +21,7 @@ TASK_TABLES = ("embedding.task.weight", "deep_embed.tables.task.rows.weight")
 
 K24_ARCHITECTURE = ("logits", "alpha_rank", "act_stat")
 """Settings of 2:4 masks that their parameters' meaning depends on."""
+ACT24 = "model.act24."
 
 TRAINING_ONLY = frozenset(
     {
@@ -162,6 +163,10 @@ def _require_same_data(config: Config, theirs: Config) -> None:
 def _network(config: Config) -> dict[str, Any]:
     """Flat settings of the network, those of its parts only where they are read."""
     flat = flatten({"model": asdict(config.model)})
+    # How activations are made sparse changes what weights mean no more than a dropout does, but
+    # for the method, which evaluation follows.
+    read = f"{ACT24}activation_sparse_method" if config.model.ffn == "relu2_act24" else None
+    flat = {k: v for k, v in flat.items() if not k.startswith(ACT24) or k == read}
     deep_embed = config.model.deep_embed
     if not deep_embed.keys:
         flat = {k: v for k, v in flat.items() if not k.startswith("model.deep_embed.")}

@@ -18,6 +18,7 @@ import lightning as L
 from torch import Tensor
 
 from tiny_onn.config.schema import Config
+from tiny_onn.model.ffn import act24_layers
 from tiny_onn.training.attention_work import AttentionWork
 from tiny_onn.training.budget import Budget, lr_scale
 from tiny_onn.training.datamodule import TrainBatch
@@ -126,6 +127,9 @@ class RunLoop(L.Callback):
         self.totals.targets += targets
         self.totals.tokens += tokens
         self.totals.documents += documents
+        if any(layer.is_sparse for layer in act24_layers(module.model)):
+            self.totals.sparse_targets += targets
+            self.totals.sparse_tokens += tokens
         self.totals.excursion_tokens += passed
         for name, count in AttentionWork(*work)._asdict().items():
             setattr(self.totals, name, getattr(self.totals, name) + count)

@@ -13,7 +13,9 @@ from tiny_onn.config.schema import K24Config, MoeConfig, OptimConfig
 from tiny_onn.losses.language import output_nll
 from tiny_onn.losses.mask_diversity import mask_diversity
 from tiny_onn.losses.sdl import SDLTerms
+from tiny_onn.model.ffn import count_optimizer_steps
 from tiny_onn.model.tiny_onn import ModelOutput
+from tiny_onn.training.activation_drops import take_drops
 from tiny_onn.training.datamodule import TrainBatch
 from tiny_onn.training.distributed import StepChannel
 from tiny_onn.training.optim import MuonAdamW, build_optimizer
@@ -61,15 +63,17 @@ class Pretrain(L.LightningModule):
             register_fsdp_forward_method(self.model, name)
 
     def configure_optimizers(self) -> MuonAdamW:
-        return build_optimizer(self.model, self.optim)
+        optimizer = build_optimizer(self.model, self.optim)
+        count_optimizer_steps(optimizer, self.model)
+        return optimizer
 
     def begin_step(self, batch: TrainBatch, share: float) -> TrainBatch:
         """What the step is going to train on, at this ``share`` of the budget: ``batch``."""
         return batch
 
     def take_metrics(self, channel: StepChannel) -> dict[str, float]:
-        """What else the log says of the steps since the last call: nothing."""
-        return {}
+        """What else the log says of the steps since the last call; a collective call."""
+        return take_drops(self.model, channel)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """Mean NLL of the global batch, times its share here; plus SDL where there are experts.

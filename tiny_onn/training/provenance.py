@@ -11,8 +11,10 @@ import torch
 
 from tiny_onn.arc.corpus import Corpus
 from tiny_onn.config.schema import Config, ModelConfig
+from tiny_onn.model.ffn import ActSparse24MLP
 from tiny_onn.model.nsa import NativeSparseAttention
 from tiny_onn.model.tiny_onn import TinyONN
+from tiny_onn.sparse.activation import num_sparse_features
 from tiny_onn.training.optim import split_parameters
 from tiny_onn.training.totals import RunTotals
 
@@ -67,6 +69,26 @@ def _rows(name: str, config: ModelConfig, totals: RunTotals) -> int:
     return totals.tokens
 
 
+def _left_out_by_24(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
+    """Of 6 per weight and row of an FFN with 2:4 activations, what its sparse products leave out.
+
+    Each of them would cost 2 and costs 1: the second one forward, dX if it is taken direct, dU and
+    dD of the features that are not dense.
+    """
+    saved = 0
+    for number, block in enumerate(model.blocks):
+        if not isinstance(block.ffn, ActSparse24MLP):
+            continue
+        rows = config.loops * totals.sparse_tokens
+        if number == config.layers - 1:
+            rows -= totals.sparse_tokens - totals.sparse_targets
+        hidden, width = block.ffn.up.weight.shape
+        options = block.ffn.options
+        features = num_sparse_features(hidden, options.split_ratio)
+        saved += rows * width * (hidden * (1 + options.dx_direct_sparse) + 2 * features)
+    return saved
+
+
 def train_flops(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
     """Floating-point operations of the steps' matrix products: excursions, forward and backward.
 
@@ -76,8 +98,9 @@ def train_flops(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
     W_inner, of which each passes all slices, blocks for W_outer. 12 per head channel and visible
     query-key pair of every branch (attention_work.py). A token of an excursion counts as the
     forward part, a third, of an average token trained on. Newton-Schulz, the gates' few cosines
-    and phi's positions (a row a batch) are not counted, nor is what 2:4 masks take or spare: they
-    are multiplied as dense matrices.
+    and phi's positions (a row a batch) are not counted. A product with 2:4 activations counts half,
+    as on hardware that leaves the zeros out (the reference multiplies by them); a weight under a
+    2:4 mask counts whole: it is multiplied as a dense matrix.
     """
     products = config.width * config.vocab_size * totals.targets
     last = f"blocks.{config.layers - 1}."
@@ -91,11 +114,12 @@ def train_flops(model: TinyONN, config: ModelConfig, totals: RunTotals) -> int:
         if name.startswith(last) and after:
             rows -= totals.tokens - totals.targets
         products += p.numel() * rows
+    saved = _left_out_by_24(model, config, totals)
     sparse = sum(isinstance(block.attention, NativeSparseAttention) for block in model.blocks)
     pairs = config.layers * totals.visible_pairs
     if sparse:
         pairs = sparse * totals.visible_pairs + (config.layers - sparse) * totals.full_pairs
-    trained = 6 * products + 12 * config.loops * config.heads * config.head_width * pairs
+    trained = 6 * products - saved + 12 * config.loops * config.heads * config.head_width * pairs
     return trained + trained * totals.excursion_tokens // (3 * max(1, totals.tokens))
 
 

@@ -23,6 +23,10 @@ class RunTotals:
     documents: int = 0
     expert_pairs: int = 0
     """Active pairs (token, expert), fallbacks included, summed over the layers with experts."""
+    sparse_tokens: int = 0
+    """Of ``tokens``, those of steps with 2:4 activations: after the dense warm-up."""
+    sparse_targets: int = 0
+    """The same of ``targets``."""
     excursion_tokens: int = 0
     """Tokens that passed the network without gradient, in excursions: prompts and fed ones."""
     seconds: float = 0.0
