@@ -45,6 +45,13 @@ TABLE: dict[str, tuple[str, ...]] = {
         "tiny_onn.clock",
         *LEAVES,
     ),
+    "tiny_onn/convert/": (
+        "torch",
+        "tiny_onn.convert",
+        "tiny_onn.model",
+        "tiny_onn.config",
+        *LEAVES,
+    ),
     "tiny_onn/inspect/": (
         "torch",
         "numpy",

@@ -2,16 +2,17 @@ import re
 
 import pytest
 
-from tiny_onn.config.help import inspect_help, submit_help
+from tiny_onn.config.help import convert_help, inspect_help, submit_help
 from tiny_onn.config.keys import keys_of
 from tiny_onn.config.load import (
     KINDS,
+    load_convert_config,
     load_inspect_config,
     load_submit_config,
     load_train_config,
     names_in,
 )
-from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
+from tiny_onn.config.schema import Config, ConvertConfig, InspectConfig, SubmitConfig
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "help"])
@@ -37,6 +38,7 @@ def test_help_gives_every_key_with_type_default_and_meaning(train_text):
     for schema, text in (
         (Config, train_text),
         (SubmitConfig, submit_help()),
+        (ConvertConfig, convert_help()),
         (InspectConfig, inspect_help()),
     ):
         for name, key in keys_of(schema).items():
@@ -62,6 +64,7 @@ def test_the_examples_in_help_are_valid_command_lines(train_text):
     for text, load, script in (
         (train_text, load_train_config, "train.py"),
         (submit_help(), load_submit_config, "submit.py"),
+        (convert_help(), load_convert_config, "tiny_onn.convert"),
         (inspect_help(), load_inspect_config, "tiny_onn.inspect"),
     ):
         examples = re.findall(rf"{script} (.*=.*)$", text.partition("examples:")[2], re.MULTILINE)

@@ -18,6 +18,7 @@ from tiny_onn.config.ranges import check_group
 from tiny_onn.config.schema import (
     BudgetConfig,
     Config,
+    ConvertConfig,
     InspectConfig,
     OptimConfig,
     SubmitConfig,
@@ -202,6 +203,20 @@ def check_inspect(config: InspectConfig) -> None:
     """
     check_text("checkpoint", config.checkpoint, "a run folder, such as checkpoint=runs/x")
     check_text("out", config.out, "a folder, such as out=runs/x/figures")
+
+
+def check_convert(config: ConvertConfig) -> None:
+    """What ``python -m tiny_onn.convert`` needs beyond types.
+
+    Raises:
+        UserError: no checkpoint, or settings that unpacking does not read.
+    """
+    check_text("checkpoint", config.checkpoint, "a run folder, such as checkpoint=runs/x")
+    if config.unpack and (config.backend != "auto" or config.dtype != "keep"):
+        raise UserError(
+            f"got unpack=true with backend={config.backend} and dtype={config.dtype}; expected "
+            "neither, for weights come back in the type they were packed in; leave them out"
+        )
 
 
 def check_text(name: str, value: str, expected: str) -> None:

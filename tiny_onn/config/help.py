@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tiny_onn.config.keys import Key, keys_of
-from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
+from tiny_onn.config.schema import Config, ConvertConfig, InspectConfig, SubmitConfig
 
 WIDTH = 100
 
@@ -26,6 +26,13 @@ examples:
   python submit.py checkpoint=runs/demo solutions=arc1:evaluation
   python submit.py checkpoint=runs/demo challenges=arc-agi_test_challenges.json out=submission
   python submit.py checkpoint=runs/demo predict.minutes=5
+"""
+
+CONVERT_EXAMPLES = """\
+examples:
+  python -m tiny_onn.convert checkpoint=runs/k24
+  python -m tiny_onn.convert checkpoint=runs/k24 out=runs/k24-bf16 dtype=bf16
+  python -m tiny_onn.convert checkpoint=runs/k24/packed out=runs/k24-dense unpack=true
 """
 
 INSPECT_EXAMPLES = """\
@@ -93,6 +100,25 @@ def inspect_help() -> str:
             *_keys(keys_of(InspectConfig)),
             "",
             INSPECT_EXAMPLES.rstrip(),
+        ]
+    )
+
+
+def convert_help() -> str:
+    """Text of ``python -m tiny_onn.convert --help``."""
+    return "\n".join(
+        [
+            "usage: python -m tiny_onn.convert checkpoint=RUN [out=DIR] [key=value ...]",
+            "",
+            "Packs the 2:4 weights of a trained network (weights=k24): half the values and four bits",
+            "for every group of four, or, where experts share a weight, that weight and a bit an",
+            "expert. The packed checkpoint predicts what the trained one does, in submit.py and",
+            "tiny_onn.inspect; it cannot be trained. A table tells what was packed, and what was",
+            "refused and why.",
+            "",
+            *_keys(keys_of(ConvertConfig)),
+            "",
+            CONVERT_EXAMPLES.rstrip(),
         ]
     )
 

@@ -18,16 +18,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tiny_onn.config.check import check_inspect, check_submit, check_train
+from tiny_onn.config.check import check_convert, check_inspect, check_submit, check_train
 from tiny_onn.config.check_network import check_k24, check_model, check_moe, check_nsa
-from tiny_onn.config.help import inspect_help, submit_help, train_help
+from tiny_onn.config.help import convert_help, inspect_help, submit_help, train_help
 from tiny_onn.config.keys import Key, keys_of, suggestion
 from tiny_onn.config.layer import Layer, displaced, flatten, in_origin
 from tiny_onn.config.ranges import check_ranges
-from tiny_onn.config.schema import Config, InspectConfig, SubmitConfig
+from tiny_onn.config.schema import Config, ConvertConfig, InspectConfig, SubmitConfig
 from tiny_onn.errors import UserError
 
-AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig, InspectConfig)
+AnyConfig = TypeVar("AnyConfig", Config, SubmitConfig, ConvertConfig, InspectConfig)
 
 KINDS = ("preset", "network", "stage")
 """Settings that name a file of other settings; later ones win."""
@@ -92,6 +92,17 @@ def load_inspect_config(arguments: Sequence[str]) -> InspectConfig | None:
     keys = keys_of(InspectConfig)
     config = _build(InspectConfig, keys, [_argument_layer(arguments, keys)])
     check_inspect(config)
+    return config
+
+
+def load_convert_config(arguments: Sequence[str]) -> ConvertConfig | None:
+    """The same for ``python -m tiny_onn.convert``."""
+    if _HELP_FLAGS.intersection(arguments):
+        print(convert_help())
+        return None
+    keys = keys_of(ConvertConfig)
+    config = _build(ConvertConfig, keys, [_argument_layer(arguments, keys)])
+    check_convert(config)
     return config
 
 

@@ -366,6 +366,23 @@ class SubmitConfig:
 
 
 @dataclass(frozen=True)
+class ConvertConfig:
+    """``python -m tiny_onn.convert``."""
+
+    checkpoint: str = key("???", "run folder of a model trained with weights=k24 (runs/x)")
+    out: str | None = key(
+        None, "folder for the packed checkpoint; null: CHECKPOINT/packed, or CHECKPOINT/unpacked"
+    )
+    backend: Literal["auto", "reference", "cutlass", "cusparselt"] = key(
+        "auto", "what multiplies packed weights; auto: the fastest on this machine's device"
+    )
+    dtype: Literal["keep", "bf16", "fp16"] = key(
+        "keep", "type of the packed values; keep: the checkpoint's, which predicts the same bits"
+    )
+    unpack: bool = key(False, "the way back: a packed checkpoint as a dense one, masks applied")
+
+
+@dataclass(frozen=True)
 class InspectConfig:
     """``python -m tiny_onn.inspect``."""
 

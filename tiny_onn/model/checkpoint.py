@@ -1,7 +1,8 @@
 """A trained model as a folder: weights, configuration, task rows, provenance.
 
 ``weights.safetensors`` + ``config.yaml`` + ``tasks.json`` + ``provenance.json``, and for every
-DeepEmbed table on disk ``deep_embed.<key>.safetensors``, which a loaded model reads by rows. The
+DeepEmbed table on disk ``deep_embed.<key>.safetensors``, which a loaded model reads by rows. Of a
+network that convert.py packed the weights are the packed ones, and ``packed.json`` says how. The
 folder is written under a temporary name and renamed; loading unpickles nothing and needs nothing
 from ``configs/``.
 """
@@ -20,6 +21,7 @@ from tiny_onn.config.load import dump_config, load_saved_config
 from tiny_onn.config.schema import Config
 from tiny_onn.errors import UserError
 from tiny_onn.files import atomic_dir
+from tiny_onn.model.convert import build_packed, packed_weights
 from tiny_onn.model.tiny_onn import TinyONN, build_model
 
 WEIGHTS, CONFIG, TASKS, PROVENANCE = (
@@ -28,6 +30,7 @@ WEIGHTS, CONFIG, TASKS, PROVENANCE = (
     "tasks.json",
     "provenance.json",
 )
+PACKED = "packed.json"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def save_checkpoint(
         (fresh / CONFIG).write_text(dump_config(config))
         (fresh / TASKS).write_text(json.dumps(list(task_ids), indent=0))
         (fresh / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True))
+        if model.packed is not None:
+            (fresh / PACKED).write_text(json.dumps(model.packed, indent=1))
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -122,8 +127,16 @@ def load_model(path: str | Path) -> Loaded:
             f"'{folder / WEIGHTS}' is torn ({error}); expected a safetensors file; train again"
         ) from error
     model = build_model(config.model, len(task_ids), config.moe, config.nsa, config.k24)
+    if (folder / PACKED).is_file():
+        try:
+            build_packed(model, _read_json(folder / PACKED))
+        except UserError as error:
+            raise UserError(f"checkpoint '{folder}': {error}") from error
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     got = {k: tuple(v.shape) for k, v in tensors.items()}
+    if model.packed is not None:  # codes and bits are nothing in another type
+        expected = {k: (*expected[k], v.dtype) for k, v in model.state_dict().items()}
+        got = {k: (*got[k], v.dtype) for k, v in tensors.items()}
     if got != expected:
         name = next(k for k in sorted(expected | got) if expected.get(k) != got.get(k))
         raise UserError(
@@ -131,6 +144,11 @@ def load_model(path: str | Path) -> Loaded:
             f"its configuration expects {expected.get(name)}; choose the folder train.py wrote"
         )
     model.load_state_dict(tensors)
+    for name, weight in packed_weights(model).items():
+        try:
+            weight.dense()
+        except UserError as error:
+            raise UserError(f"checkpoint '{folder}', weight {name}: {error}") from error
     if model.deep_embed is not None:
         model.deep_embed.open_files(folder)
     return Loaded(model.eval(), config, tuple(task_ids), provenance)

@@ -44,6 +44,7 @@ from tiny_onn.model.packed_attention import (
     plan_varlen,
     torch_varlen,
 )
+from tiny_onn.model.packed_weights import refuse_device
 from tiny_onn.model.rope import Rope3D
 from tiny_onn.model.token_context import PackedTokens, TokenHistory
 from tiny_onn.model.window_varlen import plan_window_varlen
@@ -74,6 +75,7 @@ class TinyONN(nn.Module):
         super().__init__()
         self.config, self.moe, self.nsa = config, moe, nsa
         self.k24 = K24Parts(k24) if config.weights == "k24" else None
+        self.packed: dict[str, Any] | None = None  # of weights that convert.py packed: how
         self.num_tasks = num_tasks
         self.embedding = Embedding(config.vocab_size, config.width, num_tasks)
         self.rope = Rope3D(config.head_width, config.rope_base)
@@ -165,6 +167,8 @@ class TinyONN(nn.Module):
         nsa: str = "auto",
     ) -> TinyONN:
         """Decide how attention and experts run on ``device`` (see :mod:`tiny_onn.ops`)."""
+        if self.packed is not None:
+            refuse_device(self.packed["backend"], device)
         self.attention_backend = resolve_attention(backend, device, precision)
         dtype = self.head.weight.dtype
         if dtype == torch.float32 and precision == "bf16":

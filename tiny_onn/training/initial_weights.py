@@ -47,6 +47,12 @@ def begin_with(model: TinyONN, config: Config, task_ids: Sequence[str]) -> dict[
     """
     assert config.init_from is not None
     loaded = load_model(config.init_from)
+    if loaded.model.packed is not None:
+        raise UserError(
+            f"got init_from={config.init_from}, a packed checkpoint, which has no masks to learn; "
+            "expected a trained one; give the run that it was packed from, or unpack it "
+            "(python -m tiny_onn.convert unpack=true)"
+        )
     if not loaded.provenance.get("trained") or not loaded.provenance.get("steps"):
         raise UserError(
             f"got init_from={config.init_from}, whose checkpoint was never trained; expected a "

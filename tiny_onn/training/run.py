@@ -52,7 +52,13 @@ from tiny_onn.training.resume import (
     remove_resume,
 )
 from tiny_onn.training.row_tables import RowTables, remove_row_tables
-from tiny_onn.training.run_folder import CHECKPOINT, METRICS, finished, require_same_run
+from tiny_onn.training.run_folder import (
+    CHECKPOINT,
+    METRICS,
+    finished,
+    refuse_packed,
+    require_same_run,
+)
 from tiny_onn.training.signals import Interrupted, StopSignals
 
 SECOND_HALF = 1_000_000
@@ -124,6 +130,8 @@ class _Run:
     def execute(self) -> int:
         config = self.config
         ensure_writable_dir(self.folder)
+        if config.resume:
+            refuse_packed(self.folder)
         if config.resume and (done := finished(self.folder, config)):
             if config.init_from is not None:
                 require_same_beginning(config, done["init_from"]["weights_sha256"])

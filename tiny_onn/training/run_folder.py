@@ -10,6 +10,7 @@ from typing import Any
 from tiny_onn.config.load import load_saved_config
 from tiny_onn.config.schema import Config
 from tiny_onn.errors import UserError
+from tiny_onn.model.checkpoint import PACKED
 
 CHECKPOINT = "checkpoint"
 METRICS = "metrics.json"
@@ -70,6 +71,18 @@ def require_same_run(folder: Path, state: dict[str, Any], config: Config, data_h
             f"the training data of run folder '{folder}' have changed since it began (sha256 "
             f"{state['data'][:12]} -> {data_hash[:12]}); restore them, choose another out, or "
             "resume=false to start over"
+        )
+
+
+def refuse_packed(folder: Path) -> None:
+    """Raises:
+    UserError: ``folder`` holds a packed checkpoint, with which no run goes on.
+    """
+    if (folder / CHECKPOINT / PACKED).is_file():
+        raise UserError(
+            f"run folder '{folder}' holds a packed checkpoint, which has no masks to learn; "
+            "expected a run to go on with or a free folder; choose another out, or resume=false to "
+            "start over in this one"
         )
 
 

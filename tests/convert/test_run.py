@@ -1,0 +1,143 @@
+"""``python -m tiny_onn.convert``: a packed checkpoint that predicts, its table, and refusals."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tiny_onn.config.load import load_convert_config
+from tiny_onn.config.schema import InspectConfig, MoeConfig
+from tiny_onn.convert.run import file_bytes, run_convert
+from tiny_onn.errors import UserError
+from tiny_onn.inspect.run import run_inspect
+from tiny_onn.model.checkpoint import load_model
+
+SHARED = MoeConfig(experts=3, expert_width=8, target_active=1.5, expert_weights="shared_k24")
+
+
+def command(*words):
+    return run_convert(load_convert_config(words))
+
+
+@pytest.fixture
+def run(small_checkpoint, tmp_path):
+    def build(name="run", moe=None, **model):
+        loaded = small_checkpoint(tmp_path / name / "checkpoint", moe, weights="k24", **model)
+        return tmp_path / name, loaded.model
+
+    return build
+
+
+def tree(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_packed_run_is_submitted_as_the_trained_one(run, predict_two, capsys):
+    folder, _ = run(moe=SHARED, ffn="dynmoe")
+    assert command(f"checkpoint={folder}") == 0
+    packed = folder / "packed"
+    texts = []
+    for each in (folder, packed):
+        predict_two(each, "predict.vote=count", "predict.batch_tokens=4096")
+        texts.append((each / "submission" / "submission.json").read_text())
+    assert texts[0] == texts[1]
+    capsys.readouterr()
+    run(name="dense")
+    command(f"checkpoint={folder.parent / 'dense'}", f"out={folder / 'small'}")
+    capsys.readouterr()
+    assert run_inspect(InspectConfig(checkpoint=str(folder / "small"), out=str(folder / "f"))) == 0
+    assert "no expert figures" in capsys.readouterr().out
+
+
+def test_the_table_tells_bytes_before_and_after_by_weight_and_the_files(run, capsys):
+    folder, model = run()
+    command(f"checkpoint={folder}", "backend=reference")
+    text = capsys.readouterr().out
+    for pattern, weight in model.masked_weights:
+        packed = weight.numel() * 4 // 2 + weight.numel() // 8
+        mask = sum(t.nbytes for t in pattern.state_dict().values())
+        row = (
+            rf"{weight.shape[0]} x {weight.shape[1]} +rows +{weight.nbytes:,} +{mask:,} +{packed:,}"
+        )
+        assert re.search(rf"^blocks.0.ffn.\w+.weight +{row} +reference$", text, re.M)
+    before, after = file_bytes(folder / "checkpoint"), file_bytes(folder / "packed" / "checkpoint")
+    assert f"{before:,} -> {after:,} bytes, {before - after:,} fewer" in text
+    (computed,) = re.findall(r"([\d,]+) fewer as computed", text)
+    assert f"({computed} of tensors" in text
+    assert tree(folder / "packed")[-1] == "checkpoint/weights.safetensors"
+    facts = json.loads((folder / "packed" / "checkpoint" / "provenance.json").read_text())
+    assert facts["packed_from"]["checkpoint"] == str(folder / "checkpoint")
+
+
+def test_unpacking_a_run_leaves_a_dense_one_of_the_masked_weights(run, capsys):
+    folder, model = run(moe=SHARED, ffn="dynmoe")
+    command(f"checkpoint={folder}", "backend=reference")
+    command(f"checkpoint={folder / 'packed'}", f"out={folder / 'd'}", "unpack=true")
+    dense = load_model(folder / "d")
+    assert dense.config.model.weights == "dense" and dense.model.packed is None
+    experts, own = dense.model.blocks[0].ffn.experts, model.blocks[0].ffn.experts
+    with torch.no_grad():
+        assert torch.equal(experts.gate_up, own.eval().matrices()[0])
+    with pytest.raises(UserError, match="got a network that is not packed"):
+        command(f"checkpoint={folder}", f"out={folder / 'e'}", "unpack=true")
+    assert not (folder / "e").exists()
+
+
+def test_packing_again_replaces_a_packed_checkpoint_and_nothing_else(run):
+    folder, _ = run()
+    command(f"checkpoint={folder}", f"out={folder / 'p'}", "backend=reference")
+    first = file_bytes(folder / "p" / "checkpoint")
+    command(f"checkpoint={folder}", f"out={folder / 'p'}", "backend=reference", "dtype=bf16")
+    assert file_bytes(folder / "p" / "checkpoint") < first
+    other, _ = run(name="other")
+    before = tree(folder.parent)
+    for words, message in (
+        ([f"out={folder}"], "holds the checkpoint to read"),
+        ([f"out={other}"], "holds a checkpoint that is not packed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command(f"checkpoint={folder}", *words)
+    with pytest.raises(UserError, match="got a packed network to pack"):
+        command(f"checkpoint={folder / 'p'}", f"out={folder / 'q'}")
+    assert tree(folder.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "message"),
+    [
+        ({"weights": "dense"}, [], "nothing can be packed .dense weights.*weights=k24"),
+        ({"weights": "dense", "ffn": "relu2_act24"}, [], "activations are packed per forward"),
+        ({"weights": "k24"}, ["backend=cutlass"], "needs a CUDA device"),
+        ({"weights": "k24"}, ["out=FILE"], "cannot write to folder"),
+    ],
+)
+def test_what_cannot_be_packed_is_one_line_and_writes_nothing(
+    small_checkpoint, tmp_path, model, words, message
+):
+    if "backend=cutlass" in words and torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    (tmp_path / "file").touch()
+    small_checkpoint(tmp_path / "run" / "checkpoint", **model)
+    before = tree(tmp_path)
+    words = [w.replace("FILE", str(tmp_path / "file")) for w in words]
+    with pytest.raises(UserError, match=message) as caught:
+        command(f"checkpoint={tmp_path / 'run'}", *words)
+    assert "\n" not in str(caught.value) and tree(tmp_path) == before
+    assert not (tmp_path / "run" / "packed").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "checkpoint is missing"),
+        (["checkpoint="], "such as checkpoint=runs/x"),
+        (["checkpoint=x", "backend=cutlas"], "did you mean cutlass"),
+        (["checkpoint=x", "dtype=fp8"], "one of keep, bf16, fp16"),
+        (["checkpoint=x", "dtpe=fp16"], "did you mean dtype"),
+        (["checkpoint=x", "unpack=true", "dtype=bf16"], "got unpack=true with"),
+    ],
+)
+def test_bad_settings_are_one_line(words, message):
+    with pytest.raises(UserError, match=message):
+        load_convert_config(words)
