@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tiny_onn.config.load import load_convert_config
-from tiny_onn.config.schema import InspectConfig, MoeConfig
+from tiny_onn.config.schema import Config, ModelConfig, MoeConfig, PredictConfig, SubmitConfig
 from tiny_onn.convert.run import file_bytes, run_convert
 from tiny_onn.errors import UserError
-from tiny_onn.inspect.run import run_inspect
-from tiny_onn.model.checkpoint import load_model
+from tiny_onn.inference.run import run_submit
+from tiny_onn.model.checkpoint import load_model, save_checkpoint
+from tiny_onn.model.tiny_onn import build_model
 
 SHARED = MoeConfig(experts=3, expert_width=8, target_active=1.5, expert_weights="shared_k24")
 
@@ -21,10 +22,20 @@ def command(*words):
 
 
 @pytest.fixture
-def run(small_checkpoint, tmp_path):
-    def build(name="run", moe=None, **model):
-        loaded = small_checkpoint(tmp_path / name / "checkpoint", moe, weights="k24", **model)
-        return tmp_path / name, loaded.model
+def run(tmp_path):
+    """``run(name, moe, **model)``: a run folder as if it were trained, and its network."""
+
+    def build(name="run", moe=SHARED, **model):
+        sizes = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_width": 8}
+        config = ModelConfig(**(sizes | {"ffn_width": 24, "weights": "k24"} | model))
+        torch.manual_seed(0)
+        network = build_model(config, 1, moe).eval()
+        torch.nn.init.normal_(network.head.weight, std=0.5)  # zero before training
+        folder = tmp_path / name
+        facts = {"steps": 1, "trained": True}
+        whole = Config(model=config, moe=moe, out=str(folder))
+        save_checkpoint(folder / "checkpoint", network, whole, ("t",), facts)
+        return folder, network
 
     return build
 
@@ -33,25 +44,31 @@ def tree(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_packed_run_is_submitted_as_the_trained_one(run, predict_two, capsys):
-    folder, _ = run(moe=SHARED, ffn="dynmoe")
+def test_a_packed_run_is_submitted_as_the_trained_one(run, tmp_path):
+    folder, _ = run(ffn="dynmoe")
     assert command(f"checkpoint={folder}") == 0
-    packed = folder / "packed"
-    texts = []
-    for each in (folder, packed):
-        predict_two(each, "predict.vote=count", "predict.batch_tokens=4096")
-        texts.append((each / "submission" / "submission.json").read_text())
-    assert texts[0] == texts[1]
-    capsys.readouterr()
-    run(name="dense")
-    command(f"checkpoint={folder.parent / 'dense'}", f"out={folder / 'small'}")
-    capsys.readouterr()
-    assert run_inspect(InspectConfig(checkpoint=str(folder / "small"), out=str(folder / "f"))) == 0
-    assert "no expert figures" in capsys.readouterr().out
+    pair = {"input": [[1, 2], [3, 4]], "output": [[3, 4], [1, 2]]}
+    challenge = {"t": {"train": [pair, pair], "test": [{"input": [[5, 6], [7, 8]]}]}}
+    (tmp_path / "challenges.json").write_text(json.dumps(challenge))
+    found = []
+    for checkpoint in (folder, folder / "packed"):
+        out = tmp_path / "out"
+        submit = SubmitConfig(
+            checkpoint=str(checkpoint),
+            challenges=str(tmp_path / "challenges.json"),
+            out=str(out),
+            accelerator="cpu",
+            progress=False,
+            predict=PredictConfig(views=2, vote="sum_prob"),
+        )
+        assert run_submit(submit) == 0
+        record = json.loads((out / "predictions.json").read_text())["tasks"]
+        found.append(((out / "submission.json").read_text(), record))
+    assert found[0] == found[1]
 
 
 def test_the_table_tells_bytes_before_and_after_by_weight_and_the_files(run, capsys):
-    folder, model = run()
+    folder, model = run(moe=MoeConfig())
     command(f"checkpoint={folder}", "backend=reference")
     text = capsys.readouterr().out
     for pattern, weight in model.masked_weights:
@@ -71,7 +88,7 @@ def test_the_table_tells_bytes_before_and_after_by_weight_and_the_files(run, cap
 
 
 def test_unpacking_a_run_leaves_a_dense_one_of_the_masked_weights(run, capsys):
-    folder, model = run(moe=SHARED, ffn="dynmoe")
+    folder, model = run(ffn="dynmoe")
     command(f"checkpoint={folder}", "backend=reference")
     command(f"checkpoint={folder / 'packed'}", f"out={folder / 'd'}", "unpack=true")
     dense = load_model(folder / "d")
@@ -85,12 +102,12 @@ def test_unpacking_a_run_leaves_a_dense_one_of_the_masked_weights(run, capsys):
 
 
 def test_packing_again_replaces_a_packed_checkpoint_and_nothing_else(run):
-    folder, _ = run()
+    folder, _ = run(moe=MoeConfig())
     command(f"checkpoint={folder}", f"out={folder / 'p'}", "backend=reference")
     first = file_bytes(folder / "p" / "checkpoint")
     command(f"checkpoint={folder}", f"out={folder / 'p'}", "backend=reference", "dtype=bf16")
     assert file_bytes(folder / "p" / "checkpoint") < first
-    other, _ = run(name="other")
+    other, _ = run("other", MoeConfig())
     before = tree(folder.parent)
     for words, message in (
         ([f"out={folder}"], "holds the checkpoint to read"),
@@ -112,13 +129,11 @@ def test_packing_again_replaces_a_packed_checkpoint_and_nothing_else(run):
         ({"weights": "k24"}, ["out=FILE"], "cannot write to folder"),
     ],
 )
-def test_what_cannot_be_packed_is_one_line_and_writes_nothing(
-    small_checkpoint, tmp_path, model, words, message
-):
+def test_what_cannot_be_packed_is_one_line_and_writes_nothing(run, tmp_path, model, words, message):
     if "backend=cutlass" in words and torch.cuda.is_available():
         pytest.skip("a CUDA device is here")
     (tmp_path / "file").touch()
-    small_checkpoint(tmp_path / "run" / "checkpoint", **model)
+    run(moe=MoeConfig(), **model)
     before = tree(tmp_path)
     words = [w.replace("FILE", str(tmp_path / "file")) for w in words]
     with pytest.raises(UserError, match=message) as caught:

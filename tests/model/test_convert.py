@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_onn.arc.packing import pack
 from tiny_onn.config.schema import Config, K24Config, ModelConfig, MoeConfig
 from tiny_onn.errors import BackendUnavailable, UserError
+from tiny_onn.inspect.experts import expert_stats
 from tiny_onn.model.checkpoint import PACKED, WEIGHTS, load_model, save_checkpoint
 from tiny_onn.model.convert import convert, dense_state, packed_weights, unpack
 from tiny_onn.model.packed_weights import best_form
@@ -126,6 +127,14 @@ def test_the_file_is_smaller_by_the_computed_bytes(kind, dtype, tmp_path):
         if weight.form == "bits":
             expected = rows * columns * kept.itemsize + 3 * rows * columns // 8
         assert weight.packed_bytes == expected
+
+
+def test_the_statistics_of_experts_are_those_of_the_masked_network(documents):
+    model = build("shared")
+    before = expert_stats(model, documents()[:3])
+    convert(model)
+    after = expert_stats(model, documents()[:3])
+    assert before.fired_LQE.sum() > 0 and (after.fired_LQE == before.fired_LQE).all()
 
 
 def test_experts_that_share_a_weight_keep_it_once_where_that_is_no_larger():

@@ -1,27 +1,31 @@
-"""A run's packed checkpoint is for inference: no run begins with it or goes on in its folder."""
+"""A packed checkpoint is for inference: no run begins with it or goes on in its folder."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from tiny_onn.config.load import load_convert_config
-from tiny_onn.convert.run import run_convert
 from tiny_onn.errors import UserError
+from tiny_onn.model.checkpoint import save_checkpoint
+from tiny_onn.model.convert import convert
+from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.training.initial_weights import begin_with
 from tiny_onn.training.run import run_training
 
 
-def test_training_refuses_a_packed_checkpoint_in_one_line(tiny, tmp_path):
-    config = tiny(model={"weights": "k24"}, budget={"steps": 1})
-    run_training(config)
-    packed = Path(config.out) / "packed"
-    run_convert(load_convert_config([f"checkpoint={config.out}", "backend=reference"]))
-    before = sorted(packed.rglob("*"))
-    for changes, words in (
-        ({"init_from": str(packed), "out": str(tmp_path / "new")}, "init_from.*packed checkpoint"),
-        ({"out": str(packed)}, "holds a packed checkpoint.*resume=false"),
+def test_training_refuses_a_packed_checkpoint_in_one_line(tiny):
+    config = tiny(model={"weights": "k24"})
+    model = build_model(config.model, 1)
+    convert(model, "reference")
+    facts = {"steps": 1, "trained": True}
+    folder = config.out + "/checkpoint"
+    save_checkpoint(folder, model, config, ("a",), facts)
+    for run, words in (
+        (lambda: run_training(config), "holds a packed checkpoint.*resume=false"),
+        (
+            lambda: begin_with(model, replace(config, init_from=folder), ("a",)),
+            "init_from.*, a packed checkpoint, .*unpack=true",
+        ),
     ):
         with pytest.raises(UserError, match=words) as caught:
-            run_training(replace(config, **changes))
+            run()
         assert "\n" not in str(caught.value)
-    assert sorted(packed.rglob("*")) == before

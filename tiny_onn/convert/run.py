@@ -43,7 +43,6 @@ def run_convert(config: ConvertConfig) -> int:
     refuse_target(source, target)
     loaded = load_model(source)
     if config.unpack:
-        ensure_writable_dir(out)
         save_unpacked(loaded, target, source)
         print(f"dense checkpoint, {file_bytes(target):,} bytes of weights: {target}")
         return 0
@@ -96,6 +95,7 @@ def save_unpacked(loaded: Loaded, target: Path, source: Path) -> None:
     )
     model = build_model(config.model, len(loaded.task_ids), config.moe, config.nsa, config.k24)
     model.load_state_dict(state)
+    ensure_writable_dir(target.parent)
     if model.deep_embed is not None:
         model.deep_embed.open_files(source)
     facts = loaded.provenance | {"unpacked_from": str(source)}
