@@ -61,6 +61,12 @@ ARMS = {
     "lr003": Arm("pattern lr 0.003", pattern_lr=0.003),
     "lr03": Arm("pattern lr 0.03", pattern_lr=0.03),
     "lr1": Arm("pattern lr 0.1", pattern_lr=0.1),
+    "score-lr03": Arm("score, pattern lr 0.03", {"weight_grad": "score"}, pattern_lr=0.03),
+    "score-std01": Arm(
+        "score, alphas start at 0.1", {"weight_grad": "score", "alpha_init_std": 0.1}
+    ),
+    "free-straight": Arm("free logits, straight", {"logits": "free", "weight_grad": "straight"}),
+    "free-lr03": Arm("free logits, pattern lr 0.03", {"logits": "free"}, pattern_lr=0.03),
     "reset": Arm("soft reset of activity every 100 steps", {"reset_interval": RESET_STEPS}),
     "revive": Arm("revival every 100 steps", {"revive_window": REVIVE_STEPS}),
     "rare-l1": Arm("rare features, activity l1", rare=True),
