@@ -65,6 +65,11 @@ ARMS = {
     "score-std01": Arm(
         "score, alphas start at 0.1", {"weight_grad": "score", "alpha_init_std": 0.1}
     ),
+    "score-std01-lr03": Arm(
+        "score, alphas start at 0.1, pattern lr 0.03",
+        {"weight_grad": "score", "alpha_init_std": 0.1},
+        pattern_lr=0.03,
+    ),
     "free-straight": Arm("free logits, straight", {"logits": "free", "weight_grad": "straight"}),
     "free-lr03": Arm("free logits, pattern lr 0.03", {"logits": "free"}, pattern_lr=0.03),
     "reset": Arm("soft reset of activity every 100 steps", {"reset_interval": RESET_STEPS}),
@@ -82,6 +87,6 @@ ARMS = {
     "given-kappa1": Arm("matrix given, kappa 1 throughout", kappa(1, 1), given=True),
     "given-lr1": Arm("matrix given, pattern lr 0.1", pattern_lr=0.1, given=True),
 }
-"""In the order of the table; those after ``k24`` change one thing of it, or two that are named."""
+"""In the order of the table; those after ``k24`` change what their labels name."""
 
 MAIN = ("shared", "separate", "true", "random", "k24")
