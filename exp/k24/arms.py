@@ -17,8 +17,9 @@ OWN_KEYS = (
 HOLDOUT_OUTPUTS = 1000
 """More than there are: every hold-out output is decoded."""
 
-WIDTH, ONE_EXPERT, EXPERTS = 160, 112, 8
-"""Preset nano's: of the residual stream, of an expert's hidden layer; experts of a block."""
+EXPERTS, ONE_EXPERT = 8, 128
+"""Experts of a block, as preset nano has them; hidden width of one: 16 more than there, so that
+separate experts in the bytes of a shared weight have a width that fast products take."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ WEIGHTS = {
 
 SHARING = {
     "shared-k24": _experts("8 experts, one weight", ONE_EXPERT, "k24", shared=True),
-    "experts-bytes": _experts("8 experts, bytes of one shared weight", 21),
-    "dense-bytes": _ffn("dense FFN, bytes of one shared weight", "dense", "model.ffn_width=168"),
-    "dense-one": _ffn("dense FFN as wide as an expert", "dense", "model.ffn_width=112"),
+    "experts-bytes": _experts("8 experts, bytes of one shared weight", 24),
+    "dense-bytes": _ffn("dense FFN, bytes of one shared weight", "dense", "model.ffn_width=192"),
+    "dense-one": _ffn("dense FFN as wide as an expert", "dense", "model.ffn_width=128"),
     "experts": _experts("8 experts", ONE_EXPERT),
     "experts-k24": _experts("8 experts, each under masks", ONE_EXPERT, "k24"),
-    "shared-k24-wide": _experts("8 experts, one wide weight", 596, "k24", shared=True),
-    "dense-wide": _ffn("dense FFN, bytes of 8 experts", "dense", "model.ffn_width=896"),
+    "shared-k24-wide": _experts("8 experts, one wide weight", 684, "k24", shared=True),
+    "dense-wide": _ffn("dense FFN, bytes of 8 experts", "dense", "model.ffn_width=1024"),
 }
 """Part (c). Bytes of a block's matrices at bf16, 480 numbers a unit of hidden width: a shared
-weight of 112 and 8 masks of a bit, 161,280; so have 8 separate experts of 21 and a dense FFN of
-168. 8 separate experts of 112, 860,160; so has a dense FFN of 896, and, but for 0.2%, a shared
-weight of 596. One expert runs for a token, as preset nano has it."""
+weight of 128 and 8 masks of a bit, 184,320; so have 8 separate experts of 24 and a dense FFN of
+192. 8 separate experts of 128, 983,040; so has a dense FFN of 1024, and, but for 0.2%, a shared
+weight of 684. One expert runs for a token, as preset nano has it."""
 
 ACTIVATIONS = {
     # In its warm-up the sparse FFN is the dense one to the bit, and counts what 2:4 would drop.

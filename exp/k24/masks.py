@@ -81,8 +81,8 @@ def flips(folder: Path) -> list[dict[str, float]]:
         else:
             step = int(path.stem.removeprefix("step_"))
             shares = {
-                "flipped": float((now != before).float().mean()),
-                "from_start": float((now != first).float().mean()),
+                "flipped": int((now != before).sum()) / now.numel(),
+                "from_start": int((now != first).sum()) / now.numel(),
             }
             series.append({"step": step, **{k: round(v, 6) for k, v in shares.items()}})
         before = now

@@ -86,9 +86,9 @@ def ffn_bytes(script, arms, name):
 
 def test_bytes_of_the_arms_that_share_are_what_the_experiment_says(script, arms):
     found = {name: ffn_bytes(script, arms, name) for name in arms.SHARING}
-    assert found["shared-k24"] == found["experts-bytes"] == found["dense-bytes"] == 161_280
-    assert found["experts"] == found["dense-wide"] == 860_160
-    assert found["shared-k24-wide"] == pytest.approx(860_160, rel=3e-3)
+    assert found["shared-k24"] == found["experts-bytes"] == found["dense-bytes"] == 184_320
+    assert found["experts"] == found["dense-wide"] == 983_040
+    assert found["shared-k24-wide"] == pytest.approx(983_040, rel=3e-3)
     assert found["experts-k24"] == 0.5625 * found["experts"]
     assert ffn_bytes(script, arms, "k24") == 0.5625 * ffn_bytes(script, arms, "dense")
 

@@ -98,7 +98,9 @@ def test_a_checkpoint_brings_back_what_it_saved(weights, small_checkpoint, tmp_p
     layers = [m for m in loaded.model.modules() if isinstance(m, MaskedLinear)]
     assert len(layers) == 4
     for layer in layers:
-        layer.prepare()  # anew: other numbers than those that are saved
+        layer.prepare()  # a mask anew
+        for number in (b for name, b in layer.named_buffers() if name == "scale"):
+            number.mul_(2)  # not what a fresh network would have
     save_checkpoint(tmp_path / "b", loaded.model, loaded.config, loaded.task_ids, loaded.provenance)
     again = [m for m in load_model(tmp_path / "b").model.modules() if isinstance(m, MaskedLinear)]
     for one, other in zip(layers, again, strict=True):
