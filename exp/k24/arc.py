@@ -27,7 +27,6 @@ from arms import (
     PARTS,
     Budget,
     Run,
-    check_tag_of_pruned,
     choose_budget,
     expand,
 )
@@ -170,7 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_cores(args.threads, args.jobs, timed, os.cpu_count() or 1)
     arms, seeds = choose_arms(expand(args.arms), ARMS), choose_seeds(args.seeds)
     runs = plan(arms, seeds, budget, args.tag, args.threads, args.jobs)
-    check_tag_of_pruned(runs)
     ensure_writable_dir(RESULTS)
     left = to_do(runs, RESULTS, args.again)
     print(f"{len(runs)} runs asked for, {len(runs) - len(left)} have a result, {len(left)} to do")

@@ -195,17 +195,3 @@ def choose_budget(minutes: float | None, steps: int | None) -> Budget:
     if not 0 < value < float("inf"):
         raise UserError(f"got {name} {value:g}; expected a number above 0; change it")
     return Budget(minutes=minutes) if minutes is not None else Budget(steps=steps)
-
-
-def check_tag_of_pruned(runs: list[Run]) -> None:
-    """What is pruned has no training of its own that settings could be for.
-
-    Raises:
-        UserError: a tag with such an arm.
-    """
-    for run in runs:
-        if run.tag and ARMS[run.arm].pruned_by:
-            raise UserError(
-                f"got --tag {run.tag} with arm {run.arm}, which is pruned from arm {DENSE} as the "
-                "preset has it; expected trained arms; leave it out"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,13 @@ def result_of(
 
 
 def pruned_result(run: Run, root: Path, results: Path) -> dict[str, Any]:
-    """The result of an arm that is pruned from the dense one of the same budget, seed and share
-    of the machine: that one's, but for what pruning changes.
+    """The result of an arm that is pruned from the dense one of the same budget, seed, tag
+    and share of the machine: that one's, but for what pruning changes.
 
     Raises:
         UserError: there is no such result or checkpoint.
     """
-    dense = Run(DENSE, run.budget, run.seed, "", run.threads, run.jobs)
+    dense = replace(run, arm=DENSE)
     path = dense.result_path(results)
     if not path.exists():
         raise UserError(

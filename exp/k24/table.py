@@ -68,9 +68,14 @@ def _rank(result: Result) -> tuple[Any, ...]:
 def rows(results: Sequence[Result]) -> list[list[str]]:
     """The cells of the table, a line for each arm under each budget."""
     groups = grouped(results)
-    return [
-        _row(key, group, groups.get((*key[:2], DENSE, ""), [])) for key, group in groups.items()
-    ]
+    return [_row(key, group, _dense_of(key, groups)) for key, group in groups.items()]
+
+
+def _dense_of(key: Group, groups: Mapping[Group, list[Result]]) -> list[Result]:
+    """What an arm is compared with: dense under the same tag if it was run, else the preset's."""
+    budget, share, arm, tag = key
+    own = [] if arm == DENSE else groups.get((budget, share, DENSE, tag), [])
+    return own or groups.get((budget, share, DENSE, ""), [])
 
 
 def _row(key: Group, group: Sequence[Result], dense: Sequence[Result]) -> list[str]:
@@ -166,7 +171,7 @@ def notes(results: Sequence[Result]) -> list[str]:
     return [
         f"{len(results)} runs; mean (smallest..largest) over seeds; NLL in nats a token.",
         f"exact match: hold-out outputs decoded freely, one try ({shares}).",
-        "against dense: seed by seed, of the same budget and share of the machine.",
+        "against dense: seed by seed; an arm with a tag, against dense of that tag if it was run.",
         "FFN kB: matrices of FFNs or experts as they are kept once trained, bf16; masks included.",
         "flips, last: weights whose evaluation mask changed between the last two looks.",
         f"commit {several('commit')}",

@@ -72,11 +72,6 @@ def test_names_of_parts_stand_for_their_arms(arms):
     assert arms.expand("activations, dense") == "relu2,relu2_act24,dense"
 
 
-def test_the_pruned_arms_take_no_settings_of_their_own(arms):
-    with pytest.raises(UserError, match="arm wanda"):
-        arms.check_tag_of_pruned([arms.Run("wanda", arms.Budget(steps=5), 0, tag="x")])
-
-
 def ffn_bytes(script, arms, name):
     masks = script("k24", "masks")
     config = config_of(arms, name)
