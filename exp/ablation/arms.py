@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from tiny_onn.config.keys import suggestion
 from tiny_onn.errors import UserError
 
 OWN_KEYS = (
@@ -131,39 +129,6 @@ def label_of(arm: str, tag: str) -> str:
     return f"{label} ({tag})" if tag else label
 
 
-def choose_arms(text: str) -> list[str]:
-    """ "dense,nsa" -> ["dense", "nsa"], in the order of ARMS.
-
-    Raises:
-        UserError: an unknown name, or none.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in ARMS:
-            raise UserError(
-                f"unknown arm '{name}'; expected some of {', '.join(ARMS)}; "
-                + suggestion(name, ARMS, "choose from them")
-            )
-    if not names:
-        raise UserError("got no arm in --arms; expected some of " + ", ".join(ARMS) + "; name one")
-    return [name for name in ARMS if name in names]
-
-
-def choose_seeds(text: str) -> list[int]:
-    """ "0,1,2" -> [0, 1, 2], each once.
-
-    Raises:
-        UserError: something that is no whole number of at least 0, or nothing.
-    """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(re.fullmatch(r"\d{1,9}", word) for word in words):
-        raise UserError(
-            f"got --seeds {text or '(empty)'}; expected whole numbers of at least 0, such as "
-            "0,1,2; change it"
-        )
-    return list(dict.fromkeys(int(word) for word in words))
-
-
 def choose_budget(minutes: float | None, tokens: float | None) -> Budget:
     """Minutes unless tokens are given; at most one of them is.
 
@@ -179,44 +144,3 @@ def choose_budget(minutes: float | None, tokens: float | None) -> Budget:
     if value != int(value):
         raise UserError(f"got --tokens {value:g}; expected a whole number, such as 3e6; change it")
     return Budget(tokens=int(value))
-
-
-def check_cores(threads: int, jobs: int, budget: Budget, cores: int) -> None:
-    """Runs that share a core take minutes from each other.
-
-    Raises:
-        UserError: fewer than 1 of either, or under minutes more threads than cores.
-    """
-    for name, value in (("--threads", threads), ("--jobs", jobs)):
-        if value < 1:
-            raise UserError(f"got {name} {value}; expected a whole number of at least 1; change it")
-    if budget.minutes is not None and threads * jobs > cores:
-        raise UserError(
-            f"got --threads {threads} --jobs {jobs}, {threads * jobs} threads; expected at most "
-            f"the {cores} cores of this machine, or runs take minutes from each other; give fewer, "
-            "or --tokens"
-        )
-
-
-def check_overrides(words: list[str], tag: str) -> None:
-    """Settings of the user's own are allowed under a name, and not those that make it this
-    experiment.
-
-    Raises:
-        UserError: no or a bad tag, or a key that is not free.
-    """
-    if bool(words) != bool(tag):
-        got = f"settings {' '.join(words)} without --tag" if words else f"--tag {tag} alone"
-        raise UserError(
-            f"got {got}; expected both: the tag keeps the results of other settings apart; "
-            "give --tag NAME key=value"
-        )
-    if tag and not re.fullmatch(r"[A-Za-z0-9.-]{1,40}", tag):
-        raise UserError(f"got --tag {tag}; expected letters, digits, points and hyphens; change it")
-    for word in words:
-        key = word.partition("=")[0]
-        if any(key == own or key.startswith(f"{own}.") for own in OWN_KEYS):
-            raise UserError(
-                f"got {word}; expected settings that leave the experiment what it is (not "
-                f"{', '.join(OWN_KEYS)}); leave it out"
-            )

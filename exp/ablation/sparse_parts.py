@@ -19,39 +19,26 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
-from arms import (
-    ARMS,
-    Budget,
-    Run,
-    check_cores,
-    check_overrides,
-    choose_arms,
-    choose_budget,
-    choose_seeds,
-)
-from children import POLL_S, StopRequest, Training, start, stop_all, thread_settings
-from table import Result, read_results, render
+from arms import ARMS, OWN_KEYS, Budget, Run, choose_budget
+from table import read_results, render
 
-from tiny_onn.clock import clock_text
 from tiny_onn.config.load import load_config
 from tiny_onn.errors import run_cli
 from tiny_onn.files import atomic_write_text, ensure_writable_dir
+from tiny_onn.sweep.children import Training, start, thread_settings
+from tiny_onn.sweep.choices import check_cores, check_overrides, choose_arms, choose_seeds
+from tiny_onn.sweep.eta import progress
+from tiny_onn.sweep.run_queue import report, work_through
+from tiny_onn.sweep.source import code_changed
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "exp" / "results"
 CODE = ("tiny_onn", "kernels", "configs", "train.py", "exp/ablation")
 """What decides a result: local changes elsewhere do not make it "-dirty"."""
-
-OVERHEAD_S = 30.0
-"""A run's hold-out and measurement, until one was timed."""
 
 
 def plan(
@@ -71,45 +58,6 @@ def to_do(runs: Sequence[Run], folder: Path, again: bool) -> list[Run]:
     return [run for run in runs if again or not run.result_path(folder).exists()]
 
 
-def expected_seconds(run: Run, results: Sequence[Result]) -> float | None:
-    """Of one run, by those of the same budget: its own arm's, else all arms'; None: unknown."""
-    circumstances = (run.budget.name, run.threads, run.jobs)
-    alike = [r for r in results if (r["budget"], r["threads"], r["jobs"]) == circumstances]
-    own = [r for r in alike if (r["arm"], r["tag"]) == (run.arm, run.tag)]
-    if own or (alike and run.budget.minutes is None):
-        return 60 * fmean(r["minutes_command"] for r in own or alike)
-    return None if run.budget.minutes is None else 60 * run.budget.minutes + OVERHEAD_S
-
-
-def eta_seconds(runs: Sequence[Run], results: Sequence[Result]) -> float | None:
-    """Of all these runs, jobs at once; None while one's length is unknown."""
-    seconds = [expected_seconds(run, results) for run in runs]
-    if None in seconds:
-        return None
-    free_at = [0.0] * max((run.jobs for run in runs), default=1)
-    for length in seconds:
-        free_at[free_at.index(min(free_at))] += length or 0.0
-    return max(free_at)
-
-
-def progress(number: int, runs: Sequence[Run], results: Sequence[Result]) -> str:
-    """The line before run ``number`` (from 0)."""
-    run, left = runs[number], runs[number:]
-    return (
-        f"run {number + 1} of {len(runs)}: {run.label}, {run.budget.name}, seed {run.seed}; "
-        f"{len(left)} left, ETA {clock_text(eta_seconds(left, results))}"
-    )
-
-
-def code_changed() -> bool:
-    """Whether the code differs from its commit; False outside a git tree."""
-    status = ["git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", *CODE]
-    try:
-        return bool(subprocess.run(status, capture_output=True, text=True).stdout.strip())
-    except FileNotFoundError:
-        return False
-
-
 def begin(run: Run, words: list[str], again: bool) -> Training:
     """Start one; ``again``: in an empty folder, its old result gone, so that it can go on if it is
     stopped. Beside others it writes to a file."""
@@ -117,7 +65,7 @@ def begin(run: Run, words: list[str], again: bool) -> Training:
         shutil.rmtree(ROOT / "runs" / "ablation" / run.name, ignore_errors=True)
         run.result_path(RESULTS).unlink(missing_ok=True)
     log = ROOT / "runs" / "ablation" / f"{run.name}.log" if run.jobs > 1 else None
-    return start(run, words, ROOT, code_changed(), log)
+    return start(run, words, ROOT, code_changed(ROOT, CODE), log)
 
 
 def finish(training: Training, status: int, extra: list[str]) -> str:
@@ -144,49 +92,19 @@ def run_all(runs: list[Run], extra: list[str], again: bool) -> int:
     """
     # Settings that some arm cannot have end it here, before any work.
     batch_tokens = [load_config(run.words(extra, 1)).data.batch_tokens for run in runs]
-    waiting = deque(enumerate(runs))
-    active: list[Training] = []
-    failed: list[str] = []
-    with StopRequest() as stop:
-        try:
-            while active or (waiting and stop.signum is None):
-                while waiting and len(active) < runs[0].jobs and stop.signum is None:
-                    number, run = waiting.popleft()
-                    print(progress(number, runs, read_results(RESULTS)), flush=True)
-                    active.append(begin(run, run.words(extra, batch_tokens[number]), again))
-                stop.pass_on(active)
-                for training in list(active):
-                    status = training.status()
-                    if status is None:
-                        continue
-                    active.remove(training)
-                    if status != 0 and stop.signum is not None:
-                        print(f"stopped: {training.run.name}", flush=True)
-                    elif why := finish(training, status, extra):
-                        failed.append(why)
-                        print(f"failed: {why}; going on with the others", flush=True)
-                time.sleep(POLL_S)
-        finally:
-            stop_all(active)
-    return report(stop.signum, failed, len(runs), again)
 
+    def begin_next(number: int) -> Training:
+        run = runs[number]
+        print(progress(number, runs, read_results(RESULTS)), flush=True)
+        return begin(run, run.words(extra, batch_tokens[number]), again)
 
-def report(signum: int | None, failed: list[str], number: int, again: bool) -> int:
-    """The last words, and run_all's exit status."""
-    if failed:
-        print(
-            f"error: {len(failed)} of {number} runs failed: {', '.join(failed)}; see above for "
-            "each one's reason; where its folder holds a run of other settings, give --again",
-            file=sys.stderr,
-        )
-    if signum is not None:
-        command = "command without --again" if again else "command"
-        print(
-            f"stopped; finished results are kept; the same {command} goes on"
-            + " with what was begun" * again
-        )
-        return 128 + signum
-    return 1 if failed else 0
+    signum, failed = work_through(
+        len(runs),
+        runs[0].jobs if runs else 1,
+        begin_next,
+        lambda training, status: finish(training, status, extra),
+    )
+    return report(signum, failed, len(runs), again)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -210,11 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.table:
         print(render(read_results(RESULTS)))
         return 0
-    check_overrides(args.overrides, args.tag)
+    check_overrides(args.overrides, args.tag, OWN_KEYS)
     minutes = 10.0 if args.minutes is None and args.tokens is None else args.minutes
     budget = choose_budget(minutes, args.tokens)
-    check_cores(args.threads, args.jobs, budget, os.cpu_count() or 1)
-    arms, seeds = choose_arms(args.arms), choose_seeds(args.seeds)
+    timed = budget.minutes is not None
+    check_cores(args.threads, args.jobs, timed, os.cpu_count() or 1)
+    arms, seeds = choose_arms(args.arms, ARMS), choose_seeds(args.seeds)
     runs = plan(arms, seeds, budget, args.tag, args.threads, args.jobs)
     ensure_writable_dir(RESULTS)
     left = to_do(runs, RESULTS, args.again)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from arms import ARMS, label_of
 
-from tiny_onn.errors import UserError
+from tiny_onn.sweep import tables
+from tiny_onn.sweep.tables import Result, differences, markdown, spread
 
 EXPERIMENT = "sparse_parts"
 
@@ -31,7 +30,6 @@ HEAD = (
     "dead experts",
 )
 
-Result = Mapping[str, Any]
 Group = tuple[str, str, str, str]
 """Budget, threads x jobs, arm, tag."""
 
@@ -42,18 +40,7 @@ def read_results(folder: Path) -> list[Result]:
     Raises:
         UserError: a file that is none.
     """
-    results = []
-    for path in sorted(folder.glob("ablation_*.json")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"'{path}' is no result ({error}); expected JSON; delete it and give the same "
-                "command again"
-            ) from error
-        if isinstance(result, dict) and result.get("experiment") == EXPERIMENT:
-            results.append(result)
-    return results
+    return tables.read_results(folder, "ablation_*.json", EXPERIMENT)
 
 
 def share_of(result: Result) -> str:
@@ -79,23 +66,9 @@ def _rank(result: Result) -> tuple[Any, ...]:
     return minutes is None, minutes or tokens, share, place, result["tag"], result["seed"]
 
 
-def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """Mean, and (smallest..largest) of several."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return show(values[0])
-    return f"{show(fmean(values))} ({show(min(values))}..{show(max(values))})"
-
-
 def against_dense(group: Sequence[Result], dense: Sequence[Result]) -> list[float]:
     """NLL above that of dense, seed by seed, for the seeds that both have."""
-    base = {result["seed"]: result["nll_per_output_token"] for result in dense}
-    return [
-        result["nll_per_output_token"] - base[result["seed"]]
-        for result in group
-        if result["seed"] in base
-    ]
+    return differences(group, dense, "nll_per_output_token")
 
 
 def rows(results: Sequence[Result]) -> list[list[str]]:
@@ -161,10 +134,4 @@ def render(results: Sequence[Result]) -> str:
     if not results:
         return "no results yet"
     lines = [list(HEAD), *rows(results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
-    lines.insert(1, ["-" * width for width in widths])
-    table = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    return "\n".join([*table, "", *notes(results)])
+    return "\n".join([markdown(lines), "", *notes(results)])

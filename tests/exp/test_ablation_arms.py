@@ -4,6 +4,7 @@ import pytest
 
 from tiny_onn.config.load import load_config
 from tiny_onn.errors import UserError
+from tiny_onn.sweep.choices import check_cores, check_overrides, choose_arms, choose_seeds
 
 
 @pytest.fixture
@@ -90,22 +91,22 @@ def test_a_run_has_the_threads_it_is_given(arms):
 
 
 @pytest.mark.parametrize(("threads", "jobs", "part"), [(0, 1, "--threads 0"), (1, -1, "--jobs -1")])
-def test_there_is_a_thread_and_a_job(arms, threads, jobs, part):
+def test_there_is_a_thread_and_a_job(threads, jobs, part):
     with pytest.raises(UserError, match=part):
-        arms.check_cores(threads, jobs, arms.Budget(tokens=100), cores=2)
+        check_cores(threads, jobs, False, cores=2)
 
 
-def test_runs_that_would_share_a_core_are_refused_under_minutes_only(arms):
-    minutes, tokens = arms.Budget(minutes=1.0), arms.Budget(tokens=100)
-    arms.check_cores(2, 1, minutes, cores=2)
-    arms.check_cores(1, 2, minutes, cores=2)
-    arms.check_cores(2, 2, tokens, cores=2)
+def test_runs_that_would_share_a_core_are_refused_under_minutes_only():
+    minutes, tokens = True, False
+    check_cores(2, 1, minutes, cores=2)
+    check_cores(1, 2, minutes, cores=2)
+    check_cores(2, 2, tokens, cores=2)
     with pytest.raises(UserError, match="4 threads; expected at most the 2 cores"):
-        arms.check_cores(2, 2, minutes, cores=2)
+        check_cores(2, 2, minutes, cores=2)
 
 
 def test_arms_are_chosen_in_the_order_of_the_table(arms):
-    assert arms.choose_arms("all, dense") == ["dense", "all"]
+    assert choose_arms("all, dense", arms.ARMS) == ["dense", "all"]
 
 
 @pytest.mark.parametrize(
@@ -113,14 +114,14 @@ def test_arms_are_chosen_in_the_order_of_the_table(arms):
 )
 def test_unknown_arms_are_refused(arms, text, words):
     with pytest.raises(UserError, match=re.escape(words)):
-        arms.choose_arms(text)
+        choose_arms(text, arms.ARMS)
 
 
-def test_seeds_are_whole_numbers_each_once(arms):
-    assert arms.choose_seeds("2,0, 2") == [2, 0]
+def test_seeds_are_whole_numbers_each_once():
+    assert choose_seeds("2,0, 2") == [2, 0]
     for text in ("", "-1", "0.5", "x", "0,,y"):
         with pytest.raises(UserError, match="whole numbers"):
-            arms.choose_seeds(text)
+            choose_seeds(text)
 
 
 def test_a_budget_is_one_positive_number(arms):
@@ -147,13 +148,13 @@ def test_a_budget_is_one_positive_number(arms):
 )
 def test_settings_that_would_change_the_experiment_are_refused(arms, words, tag, part):
     with pytest.raises(UserError, match=re.escape(part)) as error:
-        arms.check_overrides(words, tag)
+        check_overrides(words, tag, arms.OWN_KEYS)
     assert "\n" not in str(error.value)
 
 
 def test_other_settings_are_accepted_under_a_tag(arms):
-    arms.check_overrides([], "")
-    arms.check_overrides(["moe.experts=4", "seedling=1"], "e4")
+    check_overrides([], "", arms.OWN_KEYS)
+    check_overrides(["moe.experts=4", "seedling=1"], "e4", arms.OWN_KEYS)
 
 
 def test_all_is_the_network_that_trains_by_default(arms):

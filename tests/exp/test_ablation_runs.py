@@ -11,6 +11,7 @@ import pytest
 
 from tiny_onn.config.load import load_config
 from tiny_onn.errors import UserError
+from tiny_onn.sweep import eta
 
 
 @pytest.fixture
@@ -50,29 +51,29 @@ def test_runs_with_a_result_are_skipped_unless_asked_for_again(ablation, runs):
 
 
 def test_the_eta_follows_from_the_minutes_until_a_run_was_timed(ablation, runs):
-    one = 600 + ablation.OVERHEAD_S
-    assert ablation.eta_seconds(runs, []) == 4 * one
-    assert ablation.eta_seconds(runs, [done(11.0)]) == pytest.approx(2 * 660 + 2 * one)
-    assert ablation.eta_seconds(runs, [done(11.0, budget="1min")]) == 4 * one
-    assert ablation.eta_seconds(runs, [done(11.0, threads=1, jobs=2)]) == 4 * one
+    one = 600 + eta.OVERHEAD_S
+    assert eta.eta_seconds(runs, []) == 4 * one
+    assert eta.eta_seconds(runs, [done(11.0)]) == pytest.approx(2 * 660 + 2 * one)
+    assert eta.eta_seconds(runs, [done(11.0, budget="1min")]) == 4 * one
+    assert eta.eta_seconds(runs, [done(11.0, threads=1, jobs=2)]) == 4 * one
 
 
 def test_two_runs_at_once_take_half_the_time(ablation):
     budget = ablation.Budget(minutes=10.0)
     runs = ablation.plan(["dense", "nsa", "all"], [0], budget, "", threads=1, jobs=2)
-    assert ablation.eta_seconds(runs, []) == 2 * (600 + ablation.OVERHEAD_S)
-    assert ablation.eta_seconds([], []) == 0
+    assert eta.eta_seconds(runs, []) == 2 * (600 + eta.OVERHEAD_S)
+    assert eta.eta_seconds([], []) == 0
 
 
 def test_the_eta_of_a_token_budget_is_unknown_until_a_run_was_timed(ablation):
     runs = ablation.plan(["dense", "nsa"], [0], ablation.Budget(tokens=1_000_000), "")
-    assert ablation.eta_seconds(runs, []) is None
+    assert eta.eta_seconds(runs, []) is None
     timed = [done(2.0, budget="1Mtok"), done(4.0, budget="1Mtok")]
-    assert ablation.eta_seconds(runs, timed) == pytest.approx(2 * 180)
+    assert eta.eta_seconds(runs, timed) == pytest.approx(2 * 180)
 
 
 def test_the_progress_line_says_what_is_left_and_how_long_it_takes(ablation, runs):
-    line = ablation.progress(2, runs, [done(10.0), done(10.0, "nsa")])
+    line = eta.progress(2, runs, [done(10.0), done(10.0, "nsa")])
     assert line == "run 3 of 4: dense, 10min, seed 1; 2 left, ETA 20:00"
 
 
@@ -240,7 +241,7 @@ def test_impossible_settings_end_it_before_any_run(ablation, runs, monkeypatch):
 
 
 def test_every_arm_is_a_configuration_that_training_takes(ablation):
-    arms = ablation.choose_arms(",".join(ablation.ARMS))
+    arms = ablation.choose_arms(",".join(ablation.ARMS), ablation.ARMS)
     for run in ablation.plan(arms, [0], ablation.Budget(tokens=10**6), ""):
         config = load_config(run.words([], 4096))
         assert config.data.holdout == "train_tests" and config.budget.steps == 245

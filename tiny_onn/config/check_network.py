@@ -204,23 +204,15 @@ def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
                 "k24, whose masks are all that experts with one weight differ by; give "
                 "model.weights=k24"
             )
+        _check_fixed24(model)
         return
-    if model.ffn == "relu2_act24":
-        raise UserError(
-            "got model.ffn=relu2_act24 with model.weights=k24; expected one of them, for a sparse "
-            "product takes one 2:4 operand; use model.ffn=relu2, or model.weights=dense"
-        )
+    _refuse_two_sparse_operands(model)
     widths = {"model.width": model.width}
     if not experts or moe.every > 1:
         widths["model.ffn_width"] = model.ffn_width
     if experts:
         widths["moe.expert_width"] = moe.expert_width
-    for name, width in widths.items():
-        if width % 4:
-            raise UserError(
-                f"got {name}={width} with model.weights=k24, whose masks keep two weights of every "
-                f"four in a row; expected a multiple of 4; use {width + -width % 4}"
-            )
+    _check_fours(widths, model)
     if shared and k24.alpha_init_std == 0:
         raise UserError(
             "got k24.alpha_init_std=0 with moe.expert_weights=shared_k24; expected above 0, for "
@@ -244,3 +236,35 @@ def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
             f"got k24.reset_kl={k24.reset_kl} without k24.reset_interval; expected how often steps "
             "are looked at; give k24.reset_interval=100"
         )
+
+
+def _check_fixed24(model: ModelConfig) -> None:
+    """2:4 weights without learnt masks: an FFN that can have them, in groups of four."""
+    if model.weights == "dense":
+        return
+    _refuse_two_sparse_operands(model)
+    if model.ffn == "dynmoe":
+        raise UserError(
+            f"got model.weights={model.weights} with model.ffn=dynmoe; expected an FFN without "
+            "experts, which only learnt masks fit; give model.weights=k24, or model.ffn=dense"
+        )
+    _check_fours({"model.width": model.width, "model.ffn_width": model.ffn_width}, model)
+
+
+def _refuse_two_sparse_operands(model: ModelConfig) -> None:
+    if model.ffn == "relu2_act24":
+        raise UserError(
+            f"got model.ffn=relu2_act24 with model.weights={model.weights}; expected one of them, "
+            "for a sparse product takes one 2:4 operand; use model.ffn=relu2, or "
+            "model.weights=dense"
+        )
+
+
+def _check_fours(widths: dict[str, int], model: ModelConfig) -> None:
+    for name, width in widths.items():
+        if width % 4:
+            raise UserError(
+                f"got {name}={width} with model.weights={model.weights}, whose masks keep two "
+                f"weights of every four in a row; expected a multiple of 4; use "
+                f"{width + -width % 4}"
+            )

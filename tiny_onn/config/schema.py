@@ -108,8 +108,10 @@ class ModelConfig:
     ffn: Literal["dense", "dynmoe", "relu2", "relu2_act24"] = key(
         "dense", "FFN: SwiGLU, its experts (moe.*), squared ReLU, or that with 2:4 activations"
     )
-    weights: Literal["dense", "k24"] = key(
-        "dense", "matrices of FFN and experts: dense, or under 2:4 masks that are learnt (k24.*)"
+    weights: Literal["dense", "k24", "s_ste", "random24"] = key(
+        "dense",
+        "FFN and experts: dense, or 2:4 by learnt masks (k24.*); FFN only: soft threshold, or "
+        "fixed random masks (random24)",
     )
     qk_norm: bool = key(True, "RMSNorm on queries and keys")
     rope_base: float = key(100.0, "base of the 3D rotary frequencies")

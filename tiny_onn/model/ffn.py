@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiny_onn.config.schema import ActSparse24Config
 from tiny_onn.model.deep_embed import delta_factor, scale
-from tiny_onn.model.k24_parts import K24Parts
+from tiny_onn.model.k24_parts import SparseParts
 from tiny_onn.sparse.activation import (
     ActSparse24,
     DropTally,
@@ -28,19 +28,19 @@ from tiny_onn.sparse.activation import (
 class SwiGLU(nn.Module):
     """x_NC -> (silu(x W_gate) * (x W_up)) W_down; W_gate and W_up are one matrix.
 
-    ``delta_NF`` (DeepEmbed, form 4x) scales the hidden layer by 1 + delta. With ``k24`` both
-    matrices wear 2:4 masks.
+    ``delta_NF`` (DeepEmbed, form 4x) scales the hidden layer by 1 + delta. With ``sparse`` both
+    matrices are 2:4 sparse.
     """
 
-    def __init__(self, width: int, hidden: int, k24: K24Parts | None = None) -> None:
+    def __init__(self, width: int, hidden: int, sparse: SparseParts | None = None) -> None:
         super().__init__()
-        self.masked = k24 is not None
-        if k24 is None:
+        self.masked = sparse is not None
+        if sparse is None:
             self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
             self.down = nn.Linear(hidden, width, bias=False)
         else:
-            self.gate_up = k24.linear(width, 2 * hidden)
-            self.down = k24.linear(hidden, width)
+            self.gate_up = sparse.linear(width, 2 * hidden)
+            self.down = sparse.linear(hidden, width)
 
     def forward(self, x_NC: Tensor, delta_NF: Tensor | None = None) -> Tensor:
         gate_NF, up_NF = self.gate_up(x_NC).chunk(2, dim=-1)
@@ -51,17 +51,17 @@ class SwiGLU(nn.Module):
 
 
 class SquaredReLU(nn.Module):
-    """x_NC -> relu(x W_up)^2 W_down; ``delta_NF`` and ``k24`` as for :class:`SwiGLU`."""
+    """x_NC -> relu(x W_up)^2 W_down; ``delta_NF`` and ``sparse`` as for :class:`SwiGLU`."""
 
-    def __init__(self, width: int, hidden: int, k24: K24Parts | None = None) -> None:
+    def __init__(self, width: int, hidden: int, sparse: SparseParts | None = None) -> None:
         super().__init__()
-        self.masked = k24 is not None
-        if k24 is None:
+        self.masked = sparse is not None
+        if sparse is None:
             self.up = nn.Linear(width, hidden, bias=False)
             self.down = nn.Linear(hidden, width, bias=False)
         else:
-            self.up = k24.linear(width, hidden)
-            self.down = k24.linear(hidden, width)
+            self.up = sparse.linear(width, hidden)
+            self.down = sparse.linear(hidden, width)
 
     def activate(self, x_NC: Tensor, delta_NF: Tensor | None) -> Tensor:
         """The hidden layer (N, F)."""

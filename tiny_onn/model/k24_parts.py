@@ -1,4 +1,7 @@
-"""What the 2:4 masks of one model have in common (weights=k24): settings, schedule, numbers."""
+"""What makes the weights of a model 2:4 sparse.
+
+For weights=k24 that is what its masks have in common: settings, schedule, numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import replace
 from tiny_onn.config.schema import K24Config
 from tiny_onn.sparse.k24_layer import K24Linear, PatternMask, PatternSettings
 from tiny_onn.sparse.k24_schedule import K24Schedule, ScheduleState
+from tiny_onn.sparse.masked_linear import MaskedLinear, RandomMaskLinear, SoftThresholdLinear
 
 ALONE_STD, SHARED_STD = 0.1, 1.0
 """How far alphas are spread at the start. Masks of agents with one weight overlap by 0.97 at 0.1,
@@ -51,3 +55,28 @@ class K24Parts:
     def linear(self, columns: int, rows: int) -> K24Linear:
         """nn.Linear(columns, rows, bias=False) under a mask."""
         return K24Linear(columns, rows, self.pattern(1, rows, columns))
+
+
+class FixedParts:
+    """What gives an FFN 2:4 weights without learnt masks: ``kind`` makes its layers."""
+
+    def __init__(self, kind: type[MaskedLinear]) -> None:
+        self.kind = kind
+
+    def linear(self, columns: int, rows: int) -> MaskedLinear:
+        """nn.Linear(columns, rows, bias=False) with sparse weights."""
+        return self.kind(columns, rows)
+
+
+SparseParts = K24Parts | FixedParts
+
+
+def sparse_parts(weights: str, config: K24Config) -> SparseParts | None:
+    """Of a model with ``model.weights=weights``; None: its weights are dense."""
+    if weights == "k24":
+        return K24Parts(config)
+    if weights == "s_ste":
+        return FixedParts(SoftThresholdLinear)
+    if weights == "random24":
+        return FixedParts(RandomMaskLinear)
+    return None

@@ -30,7 +30,7 @@ from tiny_onn.model.embedding import Embedding
 from tiny_onn.model.experts import Experts
 from tiny_onn.model.ffn import ActSparse24MLP, SquaredReLU, SwiGLU
 from tiny_onn.model.flash_varlen import flash_varlen
-from tiny_onn.model.k24_parts import K24Parts
+from tiny_onn.model.k24_parts import K24Parts, sparse_parts
 from tiny_onn.model.kv_cache import KVCache
 from tiny_onn.model.nsa import NativeSparseAttention
 from tiny_onn.model.nsa_cache import NsaCache
@@ -50,6 +50,7 @@ from tiny_onn.model.token_context import PackedTokens, TokenHistory
 from tiny_onn.model.window_varlen import plan_window_varlen
 from tiny_onn.ops import resolve_attention, resolve_experts, resolve_nsa
 from tiny_onn.sparse.k24_layer import K24Linear, PatternMask
+from tiny_onn.sparse.masked_linear import MaskedLinear
 
 
 @dataclass
@@ -74,7 +75,8 @@ class TinyONN(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.moe, self.nsa = config, moe, nsa
-        self.k24 = K24Parts(k24) if config.weights == "k24" else None
+        self.sparse = sparse_parts(config.weights, k24)
+        self.k24 = self.sparse if isinstance(self.sparse, K24Parts) else None
         self.packed: dict[str, Any] | None = None  # of weights that convert.py packed: how
         self.num_tasks = num_tasks
         self.embedding = Embedding(config.vocab_size, config.width, num_tasks)
@@ -101,16 +103,19 @@ class TinyONN(nn.Module):
         self.deep_embed = DeepEmbed(config, num_tasks) if deep.keys else None
         for pattern, _ in self.masked_weights:
             pattern.reset_parameters()
+        for module in self.blocks.modules():
+            if isinstance(module, MaskedLinear):
+                module.prepare()
 
     def _ffn(self, layer: int) -> SwiGLU | SquaredReLU | DynMoE:
         config, moe = self.config, self.moe
         if config.ffn == "dynmoe" and (config.layers - 1 - layer) % moe.every == 0:
             return DynMoE(config.width, moe, layer, self.k24)
         if config.ffn == "relu2":
-            return SquaredReLU(config.width, hidden_width(config), self.k24)
+            return SquaredReLU(config.width, hidden_width(config), self.sparse)
         if config.ffn == "relu2_act24":
             return ActSparse24MLP(config.width, hidden_width(config), config.act24)
-        return SwiGLU(config.width, config.ffn_width, self.k24)
+        return SwiGLU(config.width, config.ffn_width, self.sparse)
 
     @property
     def expert_layers(self) -> list[DynMoE]:

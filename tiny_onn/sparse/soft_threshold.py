@@ -67,7 +67,9 @@ class _StraightThrough(torch.autograd.Function):
     """beta S(x) forward, the identity backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pattern: NMPattern, scale: float, check: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, pattern: NMPattern, scale: float | Tensor, check: bool
+    ) -> Tensor:
         return soft_threshold(x, pattern, check) * scale
 
     @staticmethod
@@ -77,12 +79,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def soft_threshold_ste(
-    x: Tensor, pattern: NMPattern = TWO_FOUR, scale: float = 1.0, check: bool = True
+    x: Tensor, pattern: NMPattern = TWO_FOUR, scale: float | Tensor = 1.0, check: bool = True
 ) -> Tensor:
     """``scale`` * S(x); its gradient is handed to x unchanged, to masked entries too (S-STE).
 
     Args:
-        scale: the frozen :func:`beta` of the initial weights.
+        scale: the frozen :func:`beta` of the initial weights; a tensor of no dimension gets no
+            gradient.
 
     Raises:
         UserError: as :func:`soft_threshold`.

@@ -8,11 +8,12 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 from tiny_onn.arc.corpus import Corpus, build_corpus
@@ -65,12 +66,15 @@ SECOND_HALF = 1_000_000
 """What is added to the seed of the data of a run that begins with another's weights."""
 
 
-def run_training(config: Config, started: float | None = None) -> int:
+def run_training(
+    config: Config, started: float | None = None, observers: Sequence[L.Callback] = ()
+) -> int:
     """Train as ``config`` says; a run folder with a resume file is gone on with.
 
     Args:
         started: ``time.monotonic()`` when the command began, if that is what budget.minutes
             should count from (by default: this call).
+        observers: told of every step after all else is done; they change nothing that is trained.
 
     Returns:
         Exit status: 0, or 130 and 143 after Ctrl-C and SIGTERM.
@@ -87,7 +91,7 @@ def run_training(config: Config, started: float | None = None) -> int:
         torch.set_num_threads(config.trainer.threads)
     with StopSignals() as signals:
         try:
-            return _Run(config, started, signals).execute()
+            return _Run(config, started, signals, observers).execute()
         except Interrupted as stop:
             print(f"stopped by {stop} before anything new was saved; {_how_to_go_on()}")
             return stop.status
@@ -118,8 +122,15 @@ def data_seed(config: Config) -> int:
 
 
 class _Run:
-    def __init__(self, config: Config, started: float, signals: StopSignals) -> None:
+    def __init__(
+        self,
+        config: Config,
+        started: float,
+        signals: StopSignals,
+        observers: Sequence[L.Callback] = (),
+    ) -> None:
         self.config, self.started, self.signals = config, started, signals
+        self.observers = observers
         self.folder = Path(config.out)
         self.first = process_rank() == 0
 
@@ -173,7 +184,7 @@ class _Run:
             config.trainer,
             self.folder,
             # What is reborn or counted is in the checkpoint of its step.
-            [callback for callback in (reset, k24, loop) if callback is not None],
+            [c for c in (reset, k24, loop, *self.observers) if c is not None],
             make_loggers(self.folder, config.trainer.tensorboard) if self.first else [],
         )
         device = trainer.strategy.root_device

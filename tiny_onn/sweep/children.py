@@ -1,4 +1,4 @@
-"""Trainings as child processes, some at once: started, waited for, stopped."""
+"""Trainings as child processes: started, waited for, stopped."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-
-from arms import Run
-
-POLL_S = 0.1
-"""Between looks at the children."""
+from typing import Protocol
 
 
 def thread_settings(threads: int) -> dict[str, str]:
@@ -29,11 +25,25 @@ def thread_settings(threads: int) -> dict[str, str]:
     }
 
 
+class Planned(Protocol):
+    """One training that somebody wants. name: of its folder and result; threads: of its process;
+    jobs: how many run at once."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def jobs(self) -> int: ...
+
+
 @dataclass
 class Training:
-    """One train.py under way. began: time.monotonic(); log: its output, None: the terminal's."""
+    """One of them under way. began: time.monotonic(); log: its output, None: the terminal's."""
 
-    run: Run
+    run: Planned
     words: list[str]
     changed: bool
     began: float
@@ -50,16 +60,21 @@ class Training:
 
 
 def start(
-    run: Run, words: list[str], root: Path, changed: bool = False, log: Path | None = None
+    run: Planned,
+    words: list[str],
+    root: Path,
+    changed: bool = False,
+    log: Path | None = None,
+    script: str = "train.py",
 ) -> Training:
-    """Begin ``train.py words`` in ``root``.
+    """Begin ``script words`` in ``root``.
 
     It gets a session of its own: a terminal's Ctrl-C would reach it twice, and the second one
     would cut its saving short. What torch.compile makes is not kept, or only the first run of an
     arm would pay for it.
     """
     into = f">> {log.relative_to(root)}" if log else ""
-    print("$ python train.py", *words, into, flush=True)
+    print("$ python", script, *words, into, flush=True)
     cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     own = {"TORCHINDUCTOR_CACHE_DIR": cache.name, **thread_settings(run.threads)}
     began = time.monotonic()
@@ -67,7 +82,7 @@ def start(
         log.parent.mkdir(parents=True, exist_ok=True)
     with open(os.devnull if log is None else log, "ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "train.py", *words],
+            [sys.executable, script, *words],
             cwd=root,
             env={**os.environ, **own},
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,1 @@
+"""Several trainings compared: run as child processes, worked off one by one, read and tabled."""
