@@ -12,8 +12,8 @@ Sparse products are torch's: CUTLASS and cuSPARSELt through SparseSemiStructured
 product alone is timed, its operands are packed already: what packing costs is the difference. Each
 arm is compared with a float32 product of the same masked operand before it is timed. At the end
 stands, for each question, the smallest product from which on sparse wins, or that none does, and
-the line for kernels/break_even.py, by which ops.pattern24=auto and ops.relu2_24=auto choose (forward
-passes; pattern24 against drawing in PyTorch).
+the line for kernels/break_even.py, by which ops.pattern24=auto and ops.relu2_24=auto choose: of
+forward passes, pattern24 against drawing in PyTorch.
 """
 
 from __future__ import annotations
