@@ -126,6 +126,7 @@ def test_agents_have_the_noise_of_the_offsets_behind_one_another():
     assert not torch.equal(together, kernel.pattern24(weight, score, 1.0, 1.0, 4, 10)[1])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, interpreted
 def test_wild_numbers_and_equal_ones_have_the_references_values_and_gradients():
     weight = torch.ones(40, 4, device=DEVICE)
     score = torch.randint(0, 3, (40, 4), generator=torch.manual_seed(0)).float().to(DEVICE)

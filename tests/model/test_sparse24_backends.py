@@ -104,21 +104,22 @@ def test_evaluation_by_the_kernels_is_that_in_pytorch_with_exact_gradients():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, interpreted
 @pytest.mark.parametrize("wild", [torch.nan, torch.inf, -torch.inf])
 def test_wild_activations_are_chosen_and_differentiated_alike(wild):
     """A NaN ranks below zero, an infinity first; what is dropped passes nothing."""
     torch.manual_seed(0)
     layer = ActSparse24MLP(4, 16, replace(NOW, split_ratio=0.0)).train()
-    with torch.no_grad():  # each hidden number is one of the input's
+    with torch.no_grad():  # each hidden number is one of the input's, two of them wild
         layer.up.weight.copy_(torch.eye(4).repeat(4, 1).roll(1, 0))
+        layer.up.weight[4, 3] = layer.up.weight[9, 0] = wild
         layer.down.weight.normal_()
     found = []
     for backend in ("torch", "triton"):
         layer.backend = backend
-        hidden = torch.tensor([[1.0, 2.0, 3.0, -1.0], [0.5, wild, 1.0, 2.0]])
-        hidden.requires_grad_()
-        y = layer(hidden)
-        found.append([y, *torch.autograd.grad(y.sum(), [hidden, layer.up.weight])])
+        x = torch.tensor([[1.0, 2.0, 3.0, -1.0], [0.5, 4.0, 1.0, 2.0]], requires_grad=True)
+        y = layer(x)
+        found.append([y, *torch.autograd.grad(y.sum(), [x, *layer.parameters()])])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
 
