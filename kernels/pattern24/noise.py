@@ -24,15 +24,15 @@ def philox(seed: Tensor, counter_N: Tensor) -> Tensor:
         counter_N: int64; its low word is the first of the block's counter, its high word the
             second, the others are 0 (as Triton's ``randint4x``).
     """
-    words = [counter_N & LOW, (counter_N >> 32) & LOW, *counter_N.new_zeros(2, *counter_N.shape)]
+    zero = counter_N.new_zeros(())
+    words = [counter_N & LOW, (counter_N >> 32) & LOW, zero, zero]
     key = [seed & LOW, (seed >> 32) & LOW]
     for _ in range(ROUNDS):
         # int64 wraps around, the lower 64 bits of a product are right. Words 1 and 3 are masked
         # only where they end: what stands above their 32 bits is cut off with the next xor.
         low_N, other_low_N = words[0] * FACTORS[0], words[2] * FACTORS[1]
-        high_N = (low_N >> 32).bitwise_xor_(words[3]).bitwise_xor_(key[1]).bitwise_and_(LOW)
-        other_high_N = other_low_N >> 32
-        other_high_N.bitwise_xor_(words[1]).bitwise_xor_(key[0]).bitwise_and_(LOW)
+        high_N = ((low_N >> 32) ^ words[3]).bitwise_xor_(key[1]).bitwise_and_(LOW)
+        other_high_N = ((other_low_N >> 32) ^ words[1]).bitwise_xor_(key[0]).bitwise_and_(LOW)
         words = [other_high_N, other_low_N, high_N, low_N]
         key = [(k + step) & LOW for k, step in zip(key, KEY_STEPS, strict=True)]
     return torch.stack(words).bitwise_and_(LOW)

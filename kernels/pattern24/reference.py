@@ -31,6 +31,8 @@ PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 NONE = len(PATTERNS)
 """Instead of a pattern, where a logit is NaN: nothing is kept."""
 
+FIRST, SECOND = ([pair[i] for pair in PATTERNS] for i in (0, 1))
+
 Number = float | Tensor
 
 
@@ -96,7 +98,8 @@ def _draw(
         noise_XA = gumbel(size[0] * size[1], seed, offset, logits_AG6.dtype)
         logits_AG6 = logits_AG6 + noise_XA.reshape(size)
     soft_AG6 = torch.softmax(logits_AG6 / tau, dim=-1)
-    soft_AG4 = soft_AG6 @ patterns(soft_AG6.dtype, weight.device)
+    y0, y1, y2, y3, y4, y5 = soft_AG6.unbind(-1)
+    soft_AG4 = torch.stack([y0 + y1 + y2, y0 + y3 + y4, y1 + y3 + y5, y2 + y4 + y5], dim=-1)
     pattern_AG = logits_AG6.detach().argmax(dim=-1)
     return pattern_AG.masked_fill(logits_AG6.isnan().any(dim=-1), NONE), soft_AG4
 
@@ -166,7 +169,8 @@ def pattern24(
     kappa, tau = (as_number(t, wide, weight.device) for t in (kappa, tau))
     seed, offset = (as_number(t, torch.int64, weight.device) for t in (seed, offset))
     score_AG4 = score.to(wide).reshape(num_agents, weight.numel() // 4, 4)
-    logits_AG6 = kappa * (score_AG4 @ patterns(wide, weight.device).T)
+    # Sums, no product with the patterns: zero times infinity is NaN.
+    logits_AG6 = kappa * (score_AG4[..., FIRST] + score_AG4[..., SECOND])
     pattern_AG, soft_AG4 = _draw(weight, logits_AG6, tau, seed, offset, sample)
     if not sample:
         pattern_AG = top_two(score_AG4.detach().reshape(-1, 4)).reshape(pattern_AG.shape)
