@@ -40,9 +40,9 @@ def store_fours(ptr, group_G, inside_G, x0_G, x1_G, x2_G, x3_G, G: tl.constexpr)
 
 @triton.jit
 def _beats(a_G, b_G):
-    """1 where a, which stands before b, ranks before it: equals do, and NaN equals infinity."""
-    a_G = tl.where(a_G != a_G, float("inf"), a_G)
-    b_G = tl.where(b_G != b_G, float("inf"), b_G)
+    """1 where a, which stands before b, ranks before it: equals do, and NaN is below zero."""
+    a_G = tl.where(a_G != a_G, -1.0, a_G)
+    b_G = tl.where(b_G != b_G, -1.0, b_G)
     return (a_G >= b_G).to(tl.int32)
 
 
@@ -50,7 +50,7 @@ def _beats(a_G, b_G):
 def keep_two(a0_G, a1_G, a2_G, a3_G):
     """Which are among the two largest: four boolean columns, exactly two of each group true.
 
-    Equals go to the lower position; NaN counts as infinity.
+    Numbers are not negative; equals go to the lower position; NaN ranks below zero.
     """
     b01, b02, b03 = _beats(a0_G, a1_G), _beats(a0_G, a2_G), _beats(a0_G, a3_G)
     b12, b13, b23 = _beats(a1_G, a2_G), _beats(a1_G, a3_G), _beats(a2_G, a3_G)

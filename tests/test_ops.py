@@ -8,12 +8,17 @@ import torch
 
 from tiny_onn import ops
 from tiny_onn.errors import BackendUnavailable
-from tiny_onn.ops import resolve_experts, resolve_nsa
+from tiny_onn.ops import resolve_experts, resolve_nsa, resolve_pattern24, resolve_relu2_24
+from tiny_onn_kernels import break_even
 
 SIZES = (32, 8)
+SPARSE24 = {"pattern24": resolve_pattern24, "relu2_24": resolve_relu2_24}
+OPS = ["nsa", "experts", *SPARSE24]
 
 
 def resolve(op, backend, device, dtype):
+    if op in SPARSE24:
+        return SPARSE24[op](backend, device, dtype, 1000)
     if op == "nsa":
         return resolve_nsa(backend, device, dtype)
     return resolve_experts(backend, device, dtype, *SIZES)
@@ -56,7 +61,38 @@ def test_auto_takes_torchs_operations_where_ours_cannot_run(machine, op, otherwi
     assert resolve(op, "auto", "cuda", torch.float32) == otherwise
 
 
-@pytest.mark.parametrize("op", ["nsa", "experts"])
+@pytest.mark.parametrize("op", SPARSE24)
+def test_auto_takes_24_kernels_only_where_they_were_measured_to_win(machine, op, caplog):
+    machine(triton=True, capability=(9, 0))
+    table = break_even.WINS_FROM
+    assert not table, "measured now? then say so in the README and test with a table of one's own"
+    with caplog.at_level(logging.INFO, "tiny_onn"):
+        assert resolve(op, "auto", "cuda", torch.bfloat16) == "torch"
+        assert resolve(op, "auto", "cpu", torch.float32) == "torch"
+        assert resolve(op, "torch", "cuda", torch.bfloat16) == "torch"
+    told = f"ops: {op}=torch (auto, cuda; not measured on compute capability 9.0: python exp/bench"
+    assert told in caplog.text and f"ops: {op}=torch (auto, cpu; our kernels" in caplog.text
+    assert f"ops: {op}=torch (asked for, cuda)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("least", "chosen", "why"),
+    [
+        (1000.0, "triton", "measured to win)"),
+        (1001.0, "torch", "measured to win from 1e+03 on, here 1e+03"),
+        (None, "torch", "measured to win nowhere, here 1e+03"),
+    ],
+)
+def test_auto_goes_by_the_measured_table(machine, monkeypatch, caplog, least, chosen, why):
+    machine(triton=True, capability=(9, 0))
+    monkeypatch.setitem(break_even.WINS_FROM, (9, 0), {"relu2_24": least})
+    with caplog.at_level(logging.INFO, "tiny_onn"):
+        assert resolve("relu2_24", "auto", "cuda", torch.bfloat16) == chosen
+        assert resolve("pattern24", "auto", "cuda", torch.bfloat16) == "torch"
+    assert why in caplog.text
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("triton", "capability", "device", "dtype", "needs"),
     [
@@ -75,13 +111,13 @@ def test_asking_for_our_kernels_where_they_cannot_run_names_the_remedy(
         resolve(op, "triton", device, dtype)
 
 
-@pytest.mark.parametrize("op", ["nsa", "experts"])
+@pytest.mark.parametrize("op", OPS)
 def test_the_interpreter_runs_our_kernels_on_a_cpu(machine, op):
     machine(triton=True, capability=None, interpret=True)
     assert resolve(op, "triton", "cpu", torch.float32) == "triton"
 
 
-@pytest.mark.parametrize("op", ["nsa", "experts"])
+@pytest.mark.parametrize("op", OPS)
 def test_an_unknown_name_is_refused(op):
     with pytest.raises(BackendUnavailable, match=f"unknown ops.{op} 'cuda'"):
         resolve(op, "cuda", "cpu", torch.float32)
@@ -96,3 +132,5 @@ def test_the_named_implementation_is_the_one_that_runs(monkeypatch):
     assert ops.run_experts("triton", 1, 2, 3, 4, 5) == (1, 2, 3, 4, 5)
     assert ops.nsa_branches("triton") is nsa_kernel
     assert ops.nsa_branches("reference") is ops.nsa
+    for kernels in (ops.pattern24_kernels(), ops.relu2_24_kernels()):
+        assert kernels.__name__.endswith("24.kernel")

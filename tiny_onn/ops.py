@@ -16,20 +16,27 @@ import torch
 from torch import Tensor
 
 from tiny_onn.errors import BackendUnavailable
+from tiny_onn_kernels.break_even import loses
 from tiny_onn_kernels.moe import reference as moe_reference
 from tiny_onn_kernels.nsa import reference as nsa_reference
+from tiny_onn_kernels.pattern24 import noise
+from tiny_onn_kernels.relu2_24 import reference as relu2_24_reference
 
 log = logging.getLogger("tiny_onn")
 
 ATTENTION_BACKENDS = ("reference", "sdpa", "varlen", "flash")
 EXPERT_BACKENDS = ("loop", "grouped_mm", "triton")
 NSA_BACKENDS = ("reference", "triton")
+SPARSE24_BACKENDS = ("torch", "triton")
 OLDEST_CUDA = (8, 0)
 """Compute capability that the Triton kernels are compiled for, at least: Ampere."""
 
 nsa = nsa_reference
 """NSA's layouts, phi and gates, and its branches in PyTorch, on every device; the back-end chosen
 by :func:`resolve_nsa` has the same names."""
+
+relu2_24 = relu2_24_reference
+"""What :func:`relu2_24_kernels` packs: its layout, unpacked, and reordered for CUTLASS."""
 
 
 def _has_torch_varlen() -> bool:
@@ -184,6 +191,98 @@ def resolve_nsa(backend: str, device: torch.device | str, dtype: torch.dtype) ->
         raise BackendUnavailable(f"ops.nsa=triton needs {needs}, or use ops.nsa=auto or reference")
     log.info("ops: nsa=%s (asked for, %s)", backend, device.type)
     return backend
+
+
+def resolve_pattern24(
+    backend: str, device: torch.device | str, dtype: torch.dtype, weights: int
+) -> str:
+    """How 2:4 masks of weights are drawn and applied in training: in PyTorch ("torch") or by our
+    kernels, with the same noise.
+
+    Args:
+        backend: "auto" or one of SPARSE24_BACKENDS; auto picks ours where measured to win.
+        device: where the model will run.
+        dtype: of the weights in there.
+        weights: of the largest matrix that wears masks.
+
+    Raises:
+        BackendUnavailable: an explicit choice that cannot run so.
+    """
+    return _resolve_sparse24("pattern24", backend, torch.device(device), dtype, weights, None)
+
+
+def resolve_relu2_24(
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    operations: int,
+    cannot: str | None = None,
+) -> str:
+    """How squared ReLU is made 2:4: in PyTorch ("torch") or by our kernels, packed.
+
+    Args:
+        backend, device: as for :func:`resolve_pattern24`.
+        dtype: of the activations in there.
+        operations: of the second product of a training batch, 2 T F C; 0: unknown, or few tokens.
+        cannot: what our kernels want of the model's settings, and what was got; None: all is well.
+
+    Raises:
+        BackendUnavailable: an explicit choice that cannot run so.
+    """
+    device = torch.device(device)
+    return _resolve_sparse24("relu2_24", backend, device, dtype, operations, cannot)
+
+
+def _resolve_sparse24(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    cannot: str | None,
+) -> str:
+    if backend not in ("auto", *SPARSE24_BACKENDS):
+        raise BackendUnavailable(
+            f"unknown ops.{op} '{backend}'; expected auto or one of {SPARSE24_BACKENDS}"
+        )
+    if backend == "torch":
+        log.info("ops: %s=torch (asked for, %s)", op, device.type)
+        return backend
+    lack = cannot or triton_needs(device, dtype)
+    if backend == "auto":
+        if device.type != "cuda":
+            lack = "our kernels run on CUDA"
+        elif lack is None:
+            lack = loses(op, torch.cuda.get_device_capability(device), size)
+        else:
+            lack = f"our kernels need {lack}"
+        chosen = "triton" if lack is None else "torch"
+        log.info("ops: %s=%s (auto, %s; %s)", op, chosen, device.type, lack or "measured to win")
+        return chosen
+    if lack is not None:
+        raise BackendUnavailable(f"ops.{op}=triton needs {lack}, or use ops.{op}=auto or torch")
+    log.info("ops: %s=triton (asked for, %s)", op, device.type)
+    return backend
+
+
+def pattern_noise(num_groups: int, key: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(G, 6): the Gumbel noise of a matrix's groups, as our kernels draw it; key: 63 bits."""
+    seed, none = (torch.full((), n, dtype=torch.int64, device=device) for n in (key, 0))
+    return noise.gumbel(num_groups, seed, none, dtype)
+
+
+def pattern24_kernels() -> ModuleType:
+    """``pattern24`` and ``pattern24_free`` in Triton."""
+    from tiny_onn_kernels.pattern24 import kernel
+
+    return kernel
+
+
+def relu2_24_kernels() -> ModuleType:
+    """``relu2_24``, ``relu2_24_dense`` and ``relu2_24_gradient`` in Triton."""
+    from tiny_onn_kernels.relu2_24 import kernel
+
+    return kernel
 
 
 def nsa_branches(backend: str) -> ModuleType:

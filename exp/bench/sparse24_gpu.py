@@ -11,8 +11,9 @@ Three questions, at the shapes of the presets and of a sweep:
 Sparse products are torch's: CUTLASS and cuSPARSELt through SparseSemiStructuredTensor. Where a
 product alone is timed, its operands are packed already: what packing costs is the difference. Each
 arm is compared with a float32 product of the same masked operand before it is timed. At the end
-stands, for each question, the smallest product from which on sparse wins, or that none does: auto
-ought to choose dense below it.
+stands, for each question, the smallest product from which on sparse wins, or that none does, and
+the line for kernels/break_even.py, by which ops.pattern24=auto and ops.relu2_24=auto choose: of
+forward passes, pattern24 against drawing in PyTorch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from gpu_cases import Arm, Case, Unavailable, Work, Wrong, agree
 import torch
 import torch.nn.functional as nn_functional
 from gpu_run import run
-from sparse24_gpu_report import ACTIVATIONS, ANEW, ONCE, report
+from sparse24_gpu_report import ACTIVATIONS, ANEW, DRAWN, ONCE, report
 from torch import Tensor
 from torch.sparse import (
     SparseSemiStructuredTensorCUSPARSELT,
@@ -153,6 +154,9 @@ def weights_case(spec: Spec) -> Case:
         def drawn() -> Tensor:
             return pattern24_kernel.pattern24(weight_OI, score_OI, *options)[0]
 
+        def drawn_in_pytorch() -> Tensor:
+            return pattern24_reference.pattern24(weight_OI, score_OI, *options)[0]
+
         def once(pack: Pack) -> Callable[[], Callable[[], Tensor]]:
             def make() -> Callable[[], Tensor]:
                 sparse_OI = pack(kept_OI)
@@ -171,6 +175,8 @@ def weights_case(spec: Spec) -> Case:
         arms = {"dense": Arm(lambda: dense)}
         if spec.question == ANEW:
             arms["dense, masked"] = Arm(lambda: lambda: nn_functional.linear(x_TI, drawn()), True)
+            arms["pattern24"] = Arm(lambda: drawn, ours=True)
+            arms["pattern24 in PyTorch"] = Arm(lambda: drawn_in_pytorch)
         arms |= {name: Arm(make(pack)) for name, pack in PACKERS.items()}
 
         def check() -> dict[str, float]:
@@ -252,6 +258,8 @@ def _ratios(arms: Mapping[str, Arm]) -> dict[str, tuple[str, str]]:
     for name in PACKERS:
         if f"{name} product" in arms:
             pairs[f"dense / {name}, product"] = ("dense product", f"{name} product")
+    if "pattern24" in arms:
+        pairs[DRAWN] = ("pattern24 in PyTorch", "pattern24")
     return pairs
 
 
@@ -263,7 +271,13 @@ def _rates(spec: Spec) -> Callable[[Mapping[str, float]], dict[str, Any]]:
         rates = {
             name: round(operations / s / 1e12, 2) for name, s in seconds.items() if "24" not in name
         }
-        return {"question": spec.question, "gflop": operations / 1e9, "tflops": rates}
+        weights = spec.inner * spec.outer
+        return {
+            "question": spec.question,
+            "gflop": operations / 1e9,
+            "weights": weights,
+            "tflops": rates,
+        }
 
     return derive
 

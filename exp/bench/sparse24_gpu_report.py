@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timing import print_table
@@ -10,6 +10,7 @@ from timing import print_table
 ONCE, ANEW, ACTIVATIONS = "weights once", "weights anew", "activations"
 QUESTIONS = (ONCE, ANEW, ACTIVATIONS)
 SPARSE = ("CUTLASS", "cuSPARSELt")
+DRAWN = "PyTorch / pattern24"
 
 Record = Mapping[str, Any]
 
@@ -18,6 +19,20 @@ def gain(record: Record) -> float | None:
     """How many times faster than dense the faster sparse arm is; None where none was timed."""
     found = [record.get("ratios", {}).get(f"dense / {name}") for name in SPARSE]
     return max((ratio["median"] for ratio in found if ratio is not None), default=None)
+
+
+Timed = Sequence[tuple[float, str, float]]
+
+
+def smallest_win(timed: Timed) -> tuple[float, str, float] | None:
+    """Of (size, name, ratio) the smallest from which on every ratio is above 1; None: the largest
+    is not."""
+    winning = None
+    for entry in sorted(timed, reverse=True):
+        if entry[2] <= 1:
+            break
+        winning = entry
+    return winning
 
 
 def break_even(records: Mapping[str, Record], question: str) -> str:
@@ -29,15 +44,32 @@ def break_even(records: Mapping[str, Record], question: str) -> str:
     ]
     if not timed:
         return f"{question}: no sparse product ran here"
-    winning = None
-    for gflop, name, ratio in sorted(timed, reverse=True):
-        if ratio <= 1:
-            break
-        winning = (gflop, name, ratio)
+    winning = smallest_win(timed)
     if winning is None:
         return f"{question}: dense wins at the largest product, and so everywhere: use dense"
     gflop, name, ratio = winning
     return f"{question}: sparse wins from {gflop:.1f} GFLOP on ({name}, {ratio:.2f}x); below, dense"
+
+
+KERNELS = (("pattern24", "weights", DRAWN, 1.0), ("relu2_24", "gflop", "dense / CUTLASS", 1e9))
+"""Name in kernels/break_even.py, what its size is in the records and times what, and the ratio."""
+
+
+def table_entry(records: Mapping[str, Record]) -> str:
+    """This GPU's line of WINS_FROM in kernels/break_even.py; without what was not measured."""
+    entry: dict[str, float | None] = {}
+    for kernel, size, ratio, unit in KERNELS:
+        wanted = ANEW if kernel == "pattern24" else ACTIVATIONS
+        timed = [
+            (record["derived"][size], name, record["ratios"][ratio]["median"])
+            for name, record in records.items()
+            if record.get("derived", {}).get("question") == wanted
+            and ratio in record.get("ratios", {})
+        ]
+        if timed:
+            winning = smallest_win(timed)
+            entry[kernel] = None if winning is None else winning[0] * unit
+    return f"for WINS_FROM in kernels/break_even.py, under this GPU's capability: {entry}"
 
 
 def report(records: Mapping[str, Record]) -> None:
@@ -64,3 +96,4 @@ def report(records: Mapping[str, Record]) -> None:
     print_table(["case", "arm", "ms", "p5..p95", "TFLOP/s", "x dense"], rows)
     for question in QUESTIONS:
         print(break_even(records, question))
+    print(table_entry(records))

@@ -19,26 +19,25 @@ registers."""
 
 
 @triton.jit
-def _gumbel(word_B, SUM: tl.constexpr):
-    """-log(-log u), u from the upper 23 bits as noise.py has it."""
-    n_B = (word_B.to(tl.uint32, bitcast=True) >> 9).to(tl.int32)
-    u_B = (n_B.to(SUM) + 0.5) * (1.0 / 8388608.0)
+def _gumbel(n_B, SUM: tl.constexpr):
+    """-log(-log u), u of 21 bits as noise.py has it."""
+    u_B = (n_B.to(tl.int32).to(SUM) + 0.5) * (1.0 / 2097152.0)
     return -tl.log(-tl.log(u_B))
 
 
 @triton.jit
 def _noise(seed, offset, pair_B, SUM: tl.constexpr):
-    """Of the six patterns of a group: blocks of the counters offset + 2 pair and the next."""
-    counter_B = offset + 2 * pair_B
-    w0_B, w1_B, w2_B, w3_B = tl.randint4x(seed, counter_B)
-    w4_B, w5_B, _, _ = tl.randint4x(seed, counter_B + 1)
+    """Of the six patterns of a group: six numbers of 21 bits from the block of its counter."""
+    w0_B, w1_B, w2_B, w3_B = tl.randint4x(seed, offset + pair_B)
+    w0_B, w1_B = w0_B.to(tl.uint32, bitcast=True), w1_B.to(tl.uint32, bitcast=True)
+    w2_B, w3_B = w2_B.to(tl.uint32, bitcast=True), w3_B.to(tl.uint32, bitcast=True)
     return (
-        _gumbel(w0_B, SUM),
-        _gumbel(w1_B, SUM),
-        _gumbel(w2_B, SUM),
-        _gumbel(w3_B, SUM),
-        _gumbel(w4_B, SUM),
-        _gumbel(w5_B, SUM),
+        _gumbel(w0_B >> 11, SUM),
+        _gumbel(w1_B >> 11, SUM),
+        _gumbel(w2_B >> 11, SUM),
+        _gumbel(w3_B >> 11, SUM),
+        _gumbel(((w0_B & 0x7FF) << 10) | (w1_B & 0x3FF), SUM),
+        _gumbel(((w2_B & 0x7FF) << 10) | (w3_B & 0x3FF), SUM),
     )
 
 
@@ -56,23 +55,23 @@ def _kept(p0_B, p1_B, p2_B, p3_B, p4_B, p5_B):
 
 @triton.jit
 def _better(best_B, index_B, z_B, number: tl.constexpr):
-    """The running maximum and where it stands; equals stay, NaN is infinity."""
-    z_B = tl.where(z_B != z_B, float("inf"), z_B)
+    """The running maximum and where it stands; equals stay."""
     wins_B = z_B > best_B
     return tl.where(wins_B, z_B, best_B), tl.where(wins_B, number, index_B)
 
 
 @triton.jit
 def _largest(z0_B, z1_B, z2_B, z3_B, z4_B, z5_B):
-    """(B,) which of six is the largest, the first of equals."""
-    best_B = tl.where(z0_B != z0_B, float("inf"), z0_B)
+    """(B,) which of six is the largest, the first of equals; 6, none, beside a NaN."""
     index_B = tl.zeros_like(z0_B).to(tl.int32)
-    best_B, index_B = _better(best_B, index_B, z1_B, 1)
+    best_B, index_B = _better(z0_B, index_B, z1_B, 1)
     best_B, index_B = _better(best_B, index_B, z2_B, 2)
     best_B, index_B = _better(best_B, index_B, z3_B, 3)
     best_B, index_B = _better(best_B, index_B, z4_B, 4)
     best_B, index_B = _better(best_B, index_B, z5_B, 5)
-    return index_B
+    wild_B = (z0_B != z0_B) | (z1_B != z1_B) | (z2_B != z2_B)
+    wild_B = wild_B | (z3_B != z3_B) | (z4_B != z4_B) | (z5_B != z5_B)
+    return tl.where(wild_B, 6, index_B)
 
 
 @triton.jit
@@ -116,13 +115,13 @@ def _draw(
 
 
 @triton.jit
-def _keeps(index_B):
-    """The four columns of the mask of a pattern."""
+def _keeps(index_B, SUM: tl.constexpr):
+    """The four columns of the mask of a pattern, 0 or 1; of none zeros."""
     k0_B = index_B < 3
     k1_B = (index_B == 0) | (index_B == 3) | (index_B == 4)
     k2_B = (index_B == 1) | (index_B == 3) | (index_B == 5)
-    k3_B = (index_B == 2) | (index_B >= 4)
-    return k0_B, k1_B, k2_B, k3_B
+    k3_B = (index_B == 2) | (index_B == 4) | (index_B == 5)
+    return k0_B.to(SUM), k1_B.to(SUM), k2_B.to(SUM), k3_B.to(SUM)
 
 
 @triton.jit(do_not_specialize=["A", "G"])
@@ -152,9 +151,8 @@ def draw_patterns(
         _, _, _, _, _, _, index_B = _draw(
             source_ptr, seed, offset, kappa, pair_B, inside_B, FREE, SAMPLE, B, SUM
         )
-        k0_B, k1_B, k2_B, k3_B = _keeps(index_B)
-        o0_B, o1_B = tl.where(k0_B, w0_B, 0.0), tl.where(k1_B, w1_B, 0.0)
-        o2_B, o3_B = tl.where(k2_B, w2_B, 0.0), tl.where(k3_B, w3_B, 0.0)
+        k0_B, k1_B, k2_B, k3_B = _keeps(index_B, SUM)
+        o0_B, o1_B, o2_B, o3_B = w0_B * k0_B, w1_B * k1_B, w2_B * k2_B, w3_B * k3_B
         store_fours(out_ptr, pair_B, inside_B, o0_B, o1_B, o2_B, o3_B, B)
         tl.store(pattern_ptr + pair_B, index_B.to(tl.uint8), mask=inside_B)
         agent += 1
@@ -202,11 +200,9 @@ def differentiate_patterns(
         if DENSE_GRAD:
             t0_B, t1_B, t2_B, t3_B = t0_B + d0_B, t1_B + d1_B, t2_B + d2_B, t3_B + d3_B
         else:
-            k0_B, k1_B, k2_B, k3_B = _keeps(index_B)
-            t0_B += tl.where(k0_B, d0_B, 0.0)
-            t1_B += tl.where(k1_B, d1_B, 0.0)
-            t2_B += tl.where(k2_B, d2_B, 0.0)
-            t3_B += tl.where(k3_B, d3_B, 0.0)
+            k0_B, k1_B, k2_B, k3_B = _keeps(index_B, SUM)
+            t0_B, t1_B = t0_B + d0_B * k0_B, t1_B + d1_B * k1_B
+            t2_B, t3_B = t2_B + d2_B * k2_B, t3_B + d3_B * k3_B
 
         most_B = tl.maximum(tl.maximum(z0_B, z1_B), tl.maximum(z2_B, z3_B))
         most_B = tl.maximum(most_B, tl.maximum(z4_B, z5_B))

@@ -16,12 +16,6 @@ FACTORS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-def _multiply(factor: int, word_N: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a product of two words; int64 wraps around, its bits are right."""
-    product_N = word_N * factor
-    return (product_N >> 32) & LOW, product_N & LOW
-
-
 def philox(seed: Tensor, counter_N: Tensor) -> Tensor:
     """(4, N) int64, each in [0, 2^32): the block of every counter.
 
@@ -30,27 +24,37 @@ def philox(seed: Tensor, counter_N: Tensor) -> Tensor:
         counter_N: int64; its low word is the first of the block's counter, its high word the
             second, the others are 0 (as Triton's ``randint4x``).
     """
-    words = [counter_N & LOW, (counter_N >> 32) & LOW, *counter_N.new_zeros(2, *counter_N.shape)]
+    zero = counter_N.new_zeros(())
+    words = [counter_N & LOW, (counter_N >> 32) & LOW, zero, zero]
     key = [seed & LOW, (seed >> 32) & LOW]
     for _ in range(ROUNDS):
-        high, low = _multiply(FACTORS[0], words[0])
-        other_high, other_low = _multiply(FACTORS[1], words[2])
-        words = [other_high ^ words[1] ^ key[0], other_low, high ^ words[3] ^ key[1], low]
+        # int64 wraps around, the lower 64 bits of a product are right. Words 1 and 3 are masked
+        # only where they end: what stands above their 32 bits is cut off with the next xor.
+        low_N, other_low_N = words[0] * FACTORS[0], words[2] * FACTORS[1]
+        high_N = ((low_N >> 32) ^ words[3]).bitwise_xor_(key[1]).bitwise_and_(LOW)
+        other_high_N = ((other_low_N >> 32) ^ words[1]).bitwise_xor_(key[0]).bitwise_and_(LOW)
+        words = [other_high_N, other_low_N, high_N, low_N]
         key = [(k + step) & LOW for k, step in zip(key, KEY_STEPS, strict=True)]
-    return torch.stack(words)
+    return torch.stack(words).bitwise_and_(LOW)
 
 
-def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n + 1/2) / 2^23 with the upper 23 bits n: exact in float32, never 0 or 1."""
-    return ((word >> 9).to(dtype) + 0.5) * 2.0**-23
+def six_numbers(word_4N: Tensor) -> Tensor:
+    """(6, N) of 21 bits each: the upper ones of the four words, and what is left of two and two."""
+    upper_4N = word_4N >> 11
+    left_2N = ((word_4N[::2] & 0x7FF) << 10) | (word_4N[1::2] & 0x3FF)
+    return torch.cat([upper_4N, left_2N])
+
+
+def uniform(number: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n + 1/2) / 2^21 of 21 bits n: exact in float32, never 0 or 1."""
+    return number.to(dtype).add_(0.5).mul_(2.0**-21)
 
 
 def gumbel(num_groups: int, seed: Tensor, offset: Tensor, dtype: torch.dtype) -> Tensor:
     """(G, 6): the noise of every group's patterns, in float32 or float64.
 
-    Group g has the blocks of the counters offset + 2 g (patterns 0 to 3) and offset + 2 g + 1
-    (patterns 4 and 5; two words go unused).
+    Group g has the block of the counter offset + g, whose 128 bits make six numbers.
     """
-    counter_G = offset + 2 * torch.arange(num_groups, device=seed.device)
-    words_6G = torch.cat([philox(seed, counter_G), philox(seed, counter_G + 1)[:2]])
-    return -torch.log(-torch.log(uniform(words_6G, dtype))).T
+    counter_G = offset + torch.arange(num_groups, device=seed.device)
+    uniform_6G = uniform(six_numbers(philox(seed, counter_G)), dtype)
+    return uniform_6G.log_().neg_().log_().neg_().T

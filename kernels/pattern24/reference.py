@@ -7,7 +7,9 @@ For a group of four weights along the last dimension, with the six patterns M (6
     soft   = softmax ((logits + g) / tau)
 
 and backward as if out were W o (soft M) (straight through). Without noise g = 0 and the pattern of
-scores is their top two, found by comparing them. Six free logits: MaskLLM (Fang et al., arXiv
+scores is their top two, found by comparing them; there a NaN ranks below zero. A group with a NaN
+among its logits gets no pattern, and a NaN gradient for all of them; W o M_k is a product, so that
+a NaN or infinite weight is NaN where it is dropped. Six free logits: MaskLLM (Fang et al., arXiv
 2409.17481). The noise comes from counters: noise.py.
 
 Shapes: A agents, G groups of four, 6 patterns, K the last dimension of weights.
@@ -18,12 +20,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as nn_functional
 from torch import Tensor
 
 from tiny_onn_kernels.pattern24.noise import gumbel
 
 PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 """The positions that each pattern keeps, in lexicographic order."""
+
+NONE = len(PATTERNS)
+"""Instead of a pattern, where a logit is NaN: nothing is kept."""
+
+FIRST, SECOND = ([pair[i] for pair in PATTERNS] for i in (0, 1))
 
 Number = float | Tensor
 
@@ -40,8 +48,8 @@ def patterns(dtype: torch.dtype, device: torch.device | str) -> Tensor:
 
 
 def top_two(score_G4: Tensor) -> Tensor:
-    """(G,) the pattern of the two largest; equals go to the lower position, NaN is infinity."""
-    score_G4 = score_G4.masked_fill(score_G4.isnan(), torch.inf)
+    """(G,) the pattern of the two largest; equals go to the lower position, NaN is below zero."""
+    score_G4 = score_G4.masked_fill(score_G4.isnan(), -1.0)
     best_G2 = score_G4.sort(dim=1, descending=True, stable=True).indices[:, :2].sort(dim=1).values
     first_G, second_G = best_G2.unbind(1)
     return second_G - 1 + 2 * first_G.clamp(max=1) + (first_G == 2)
@@ -90,9 +98,10 @@ def _draw(
         noise_XA = gumbel(size[0] * size[1], seed, offset, logits_AG6.dtype)
         logits_AG6 = logits_AG6 + noise_XA.reshape(size)
     soft_AG6 = torch.softmax(logits_AG6 / tau, dim=-1)
-    soft_AG4 = soft_AG6 @ patterns(soft_AG6.dtype, weight.device)
-    chosen_AG6 = logits_AG6.detach()
-    return chosen_AG6.masked_fill(chosen_AG6.isnan(), torch.inf).argmax(dim=-1), soft_AG4
+    y0, y1, y2, y3, y4, y5 = soft_AG6.unbind(-1)
+    soft_AG4 = torch.stack([y0 + y1 + y2, y0 + y3 + y4, y1 + y3 + y5, y2 + y4 + y5], dim=-1)
+    pattern_AG = logits_AG6.detach().argmax(dim=-1)
+    return pattern_AG.masked_fill(logits_AG6.isnan().any(dim=-1), NONE), soft_AG4
 
 
 class _AsIf(torch.autograd.Function):
@@ -113,13 +122,14 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     """Weights under the hard mask, differentiable as if it were the soft one."""
     wide = soft_AG4.dtype
-    hard_AG4 = patterns(wide, weight.device)[pattern_AG] > 0
+    hard_74 = nn_functional.pad(patterns(wide, weight.device), (0, 0, 0, 1))
+    hard_AG4 = hard_74[pattern_AG]
     weight_G4 = weight.reshape(1, -1, 4).to(wide)
     others = [weight_G4.detach() * soft_AG4]
     if dense_grad:
         others.append(weight_G4.expand_as(soft_AG4))
         weight_G4 = weight_G4.detach()
-    kept_AG4 = _AsIf.apply(torch.where(hard_AG4, weight_G4, 0.0), *others)
+    kept_AG4 = _AsIf.apply(weight_G4 * hard_AG4, *others)
     pattern = pattern_AG.to(torch.uint8).reshape(*shape[:-1], shape[-1] // 4)
     return kept_AG4.to(weight.dtype).reshape(shape), pattern
 
@@ -143,13 +153,13 @@ def pattern24(
         kappa, tau: scale of the logits and temperature of the gradient, both > 0; numbers or
             tensors (). No gradient.
         seed, offset: of the noise: 64-bit, numbers or int64 tensors (). Two calls share noise where
-            seeds are equal and ranges of counters, 2 A G from the offset on, overlap.
+            seeds are equal and ranges of counters, A G from the offset on, overlap.
         sample: with noise; without, the pattern is the top two.
         dense_grad: weights that a pattern drops get the gradient of what they would have been.
 
     Returns:
         The weights, with zeros, of score's shape and weight's dtype; and the patterns (..., K / 4)
-        uint8, an index into PATTERNS.
+        uint8, an index into PATTERNS or NONE.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -159,7 +169,8 @@ def pattern24(
     kappa, tau = (as_number(t, wide, weight.device) for t in (kappa, tau))
     seed, offset = (as_number(t, torch.int64, weight.device) for t in (seed, offset))
     score_AG4 = score.to(wide).reshape(num_agents, weight.numel() // 4, 4)
-    logits_AG6 = kappa * (score_AG4 @ patterns(wide, weight.device).T)
+    # Sums, no product with the patterns: zero times infinity is NaN.
+    logits_AG6 = kappa * (score_AG4[..., FIRST] + score_AG4[..., SECOND])
     pattern_AG, soft_AG4 = _draw(weight, logits_AG6, tau, seed, offset, sample)
     if not sample:
         pattern_AG = top_two(score_AG4.detach().reshape(-1, 4)).reshape(pattern_AG.shape)

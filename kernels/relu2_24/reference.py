@@ -4,8 +4,9 @@
     packed: the values y o m, two a group, and where they stand
     dx = 2 dy r where m, else 0
 
-A group is four neighbours along the features; of equals the lower one is kept. Squares have the
-order of r, so r is compared: a square that overflows still ranks rightly. ReLU^2: So et al., arXiv
+A group is four neighbours along the features; of equals the lower one is kept, and a NaN ranks
+below zero. Squares have the order of r, so r is compared: a square that overflows still ranks
+rightly. ReLU^2: So et al., arXiv
 2109.08668; 2:4 activations: Haziza et al., arXiv 2503.16672.
 
 Shapes: T tokens, F features, V = F / 2 packed values, B = ceil(F / 8) bytes, G = F / 4 groups.
@@ -141,7 +142,7 @@ def _relu(x: Tensor) -> Tensor:
 def _keep(x_TF: Tensor) -> Tensor:
     """(T, F) bool: m."""
     r_TF = _relu(x_TF.detach())
-    r_TG4 = r_TF.masked_fill(r_TF.isnan(), torch.inf).reshape(len(x_TF), x_TF.shape[1] // 4, 4)
+    r_TG4 = r_TF.masked_fill(r_TF.isnan(), -1.0).reshape(len(x_TF), x_TF.shape[1] // 4, 4)
     best_TG2 = r_TG4.sort(dim=-1, descending=True, stable=True).indices[..., :2]
     kept_TG4 = torch.zeros_like(r_TG4, dtype=torch.bool).scatter_(2, best_TG2, True)
     return kept_TG4.flatten(1) & (r_TF.square() != 0)

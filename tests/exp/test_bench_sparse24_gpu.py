@@ -8,9 +8,12 @@ def table(script):
     return script("bench", "sparse24_gpu_report")
 
 
-def record(question, gflop, **ratios):
+def record(question, gflop, drawn=None, **ratios):
     found = {f"dense / {name}": {"median": value} for name, value in ratios.items()}
-    return {"ratios": found, "derived": {"question": question, "gflop": gflop}}
+    if drawn is not None:
+        found["PyTorch / pattern24"] = {"median": drawn}
+    derived = {"question": question, "gflop": gflop, "weights": 1000 * gflop}
+    return {"ratios": found, "derived": derived}
 
 
 def test_sparse_wins_only_from_where_every_larger_product_won(table):
@@ -25,6 +28,18 @@ def test_sparse_wins_only_from_where_every_larger_product_won(table):
     assert said == "activations: sparse wins from 100.0 GFLOP on (large, 1.10x); below, dense"
     assert "use dense" in table.break_even(records, "weights once")
     assert "no sparse product ran" in table.break_even(records, "weights anew")
+
+
+def test_the_table_that_auto_reads_gets_what_was_measured(table):
+    records = {
+        "small": record("activations", 10.0, CUTLASS=0.7, cuSPARSELt=1.9),
+        "large": record("activations", 100.0, CUTLASS=1.1),
+        "few": record("weights anew", 1.0, drawn=1.5),
+    }
+    assert table.table_entry(records).endswith("{'pattern24': 1000.0, 'relu2_24': 100000000000.0}")
+    records["most"] = record("weights anew", 2.0, drawn=0.9)
+    assert "'pattern24': None" in table.table_entry(records)
+    assert table.table_entry({"failed": {"status": "failed"}}).endswith(": {}")
 
 
 def test_a_case_without_a_sparse_arm_says_nothing(table):

@@ -4,8 +4,14 @@ import pytest
 import torch
 
 from tiny_onn_kernels.pattern24.cases import CASES, SEED, Case, make_inputs, run_case
-from tiny_onn_kernels.pattern24.noise import gumbel, philox, uniform
-from tiny_onn_kernels.pattern24.reference import PATTERNS, pattern24, pattern24_free, patterns
+from tiny_onn_kernels.pattern24.noise import gumbel, philox, six_numbers, uniform
+from tiny_onn_kernels.pattern24.reference import (
+    NONE,
+    PATTERNS,
+    pattern24,
+    pattern24_free,
+    patterns,
+)
 
 
 def reference_of(case):
@@ -23,11 +29,24 @@ def test_philox_gives_the_published_first_block():
 
 
 def test_uniforms_are_inside_the_interval_and_exact_in_float32():
-    words = int64([0, 511, 512, 2**31, 2**32 - 1])
-    assert uniform(words, torch.float32).double().equal(uniform(words, torch.float64))
-    small = uniform(words, torch.float32)
+    numbers = int64([0, 1, 1023, 2**20, 2**21 - 1])
+    assert uniform(numbers, torch.float32).double().equal(uniform(numbers, torch.float64))
+    small = uniform(numbers, torch.float32)
     assert small.min() > 0 and small.max() < 1
     assert gumbel(1000, int64(3), int64(0), torch.float32).isfinite().all()
+
+
+def test_six_numbers_of_21_bits_share_no_bit_of_the_block():
+    """Each of 126 of its 128 bits moves one bit of one number."""
+    moved = []
+    for word in range(4):
+        for bit in range(32):
+            words = torch.zeros(4, 1, dtype=torch.int64)
+            words[word] = 1 << bit
+            moved.append(tuple(six_numbers(words).flatten().tolist()))
+    moved = [numbers for numbers in moved if any(numbers)]
+    assert len(moved) == len(set(moved)) == 126
+    assert [sum(column) for column in zip(*moved, strict=True)] == [2**21 - 1] * 6
 
 
 def test_gumbel_noise_has_its_mean_and_variance_and_no_correlation_between_patterns():
@@ -104,11 +123,21 @@ def test_a_large_kappa_leaves_no_choice():
     assert torch.equal(cold, largest)
 
 
-def test_nan_scores_still_keep_two():
-    score = torch.full((3, 8), torch.nan)
-    for sample in (True, False):
-        out, _ = pattern24(torch.ones(3, 8), score, 1.0, 1.0, 0, sample=sample)
-        assert out.reshape(-1, 4).sum(dim=1).tolist() == [2] * 6
+def test_beside_a_nan_no_pattern_is_drawn_and_without_noise_it_ranks_below_zero():
+    score = torch.tensor([[0.0, torch.nan, 1.0, 0.0, 1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    out, pattern = pattern24(torch.ones(1, 8), score, 1.0, 1.0, 0)
+    assert int(pattern[0, 0]) == NONE and out[0, :4].tolist() == [0.0] * 4
+    out.sum().backward()
+    assert score.grad[0, :4].isnan().all() and score.grad[0, 4:].isfinite().all()
+    _, pattern = pattern24(torch.ones(1, 8), score, 1.0, 1.0, 0, sample=False)
+    assert PATTERNS[int(pattern[0, 0])] == (0, 2)
+
+
+def test_wild_weights_are_nan_even_where_they_are_dropped():
+    weight = torch.tensor([[torch.nan, torch.inf, 1.0, 1.0]])
+    score = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    out, _ = pattern24(weight, score, 1.0, 1.0, 0, sample=False)
+    assert out[0, :2].isnan().all() and out[0, 2:].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(

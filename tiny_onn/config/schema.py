@@ -302,6 +302,12 @@ class OpsConfig:
     nsa: Literal["auto", "reference", "triton"] = key(
         "auto", "how NSA's branches run: in PyTorch, or by Triton kernels (auto: on CUDA)"
     )
+    pattern24: Literal["auto", "torch", "triton"] = key(
+        "auto", "how k24's masks are drawn (auto: by our kernels where they were measured faster)"
+    )
+    relu2_24: Literal["auto", "torch", "triton"] = key(
+        "auto", "how relu2_act24 packs and multiplies (auto: as for pattern24)"
+    )
 
 
 @dataclass(frozen=True)

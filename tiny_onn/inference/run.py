@@ -61,7 +61,9 @@ def run_submit(config: SubmitConfig) -> int:
     device = choose_device(config.accelerator)
     precision = choose_precision(config.precision, device)
     ops = config.ops
-    loaded.model.use_backend(ops.backend, device, precision, ops.experts, ops.nsa)
+    loaded.model.use_backend(
+        ops.backend, device, precision, ops.experts, ops.nsa, ops.pattern24, ops.relu2_24
+    )
     loaded.model.to(device)
     out = ensure_writable_dir(config.out)
     if config.threads > 0:

@@ -6,13 +6,14 @@ N tokens, C width, F hidden width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.config.schema import ActSparse24Config
+from tiny_onn.config.schema import ActSparse24Config, ModelConfig
 from tiny_onn.model.deep_embed import delta_factor, scale
 from tiny_onn.model.k24_parts import SparseParts
 from tiny_onn.sparse.activation import (
@@ -23,6 +24,7 @@ from tiny_onn.sparse.activation import (
     token_keys,
     token_order,
 )
+from tiny_onn.sparse.activation_packed import squared_relu_24_packed
 
 
 class SwiGLU(nn.Module):
@@ -83,6 +85,10 @@ class ActSparse24MLP(SquaredReLU):
     In evaluation nothing is drawn and no token depends on another: the 2 largest of 4, or the soft
     threshold where that is the method.
 
+    ``backend`` is a name that :func:`tiny_onn.ops.resolve_relu2_24` gave, "torch" runs anywhere;
+    ``takes_packed``: by our kernels, whether the second product takes what they packed (see
+    :func:`tiny_onn.sparse.activation_packed.takes_packed`).
+
     Raises:
         UserError: a hidden width not divisible by 4 (at the first sparse forward).
     """
@@ -102,6 +108,7 @@ class ActSparse24MLP(SquaredReLU):
         self.register_buffer("optimizer_steps", torch.zeros((), dtype=torch.int64))
         keys = token_keys(config.permute_seed) if config.permute_tokens else None
         self.register_buffer("token_keys", keys, persistent=False)
+        self.backend, self.takes_packed = "torch", False
         self._steps = 0  # the same number where reading it waits for no device
 
     @property
@@ -130,12 +137,38 @@ class ActSparse24MLP(SquaredReLU):
             dtype = torch.get_autocast_dtype(device)
         x_NC, up_FC, down_CF = (t.to(dtype) for t in (x_NC, self.up.weight, self.down.weight))
         factor_NF = None if delta_NF is None else delta_factor(delta_NF)
+        if self.backend == "triton":
+            assert delta_NF is None, "use_backend refuses it"
+            return self._by_kernels(x_NC, up_FC, down_CF)
         if not self.training:
             return squared_relu_24_frozen(x_NC, up_FC, down_CF, self.options.method, factor_NF)
         order_N = None if self.token_keys is None else token_order(self.token_keys, len(x_NC))
         return squared_relu_24(
             x_NC, up_FC, down_CF, self.options, order_N, factor_NF, tally=self.tally
         )
+
+    def _by_kernels(self, x_NC: Tensor, up_FC: Tensor, down_CF: Tensor) -> Tensor:
+        if not self.training:  # its gradients are exact
+            exact = replace(self.options, split_ratio=0.0)
+            return squared_relu_24_packed(x_NC, up_FC, down_CF, exact, self.takes_packed)
+        order_N = None if self.token_keys is None else token_order(self.token_keys, len(x_NC))
+        return squared_relu_24_packed(
+            x_NC, up_FC, down_CF, self.options, self.takes_packed, order_N, self.tally
+        )
+
+
+def kernels_cannot(config: ModelConfig) -> str | None:
+    """The setting with which our kernels cannot compute :class:`ActSparse24MLP`, and what they
+    can; None: they can."""
+    act24, deep = config.act24, config.deep_embed
+    if act24.activation_sparse_method != "naive":
+        method = act24.activation_sparse_method
+        return f"model.act24.activation_sparse_method=naive, got {method}"
+    if not act24.keep_forward_mask:
+        return "model.act24.keep_forward_mask=true, got false"
+    if deep.keys and deep.form != "1x":
+        return f"a hidden layer that nothing scales, got model.deep_embed.form={deep.form}, not 1x"
+    return None
 
 
 def act24_layers(model: nn.Module) -> list[ActSparse24MLP]:

@@ -28,7 +28,13 @@ from tiny_onn.model.deep_embed import DeepEmbed, DeltaOf, InputMix
 from tiny_onn.model.dyn_moe import DynMoE, Routing, RoutingLog
 from tiny_onn.model.embedding import Embedding
 from tiny_onn.model.experts import Experts
-from tiny_onn.model.ffn import ActSparse24MLP, SquaredReLU, SwiGLU
+from tiny_onn.model.ffn import (
+    ActSparse24MLP,
+    SquaredReLU,
+    SwiGLU,
+    act24_layers,
+    kernels_cannot,
+)
 from tiny_onn.model.flash_varlen import flash_varlen
 from tiny_onn.model.k24_parts import K24Parts, sparse_parts
 from tiny_onn.model.kv_cache import KVCache
@@ -48,7 +54,14 @@ from tiny_onn.model.packed_weights import refuse_device
 from tiny_onn.model.rope import Rope3D
 from tiny_onn.model.token_context import PackedTokens, TokenHistory
 from tiny_onn.model.window_varlen import plan_window_varlen
-from tiny_onn.ops import resolve_attention, resolve_experts, resolve_nsa
+from tiny_onn.ops import (
+    resolve_attention,
+    resolve_experts,
+    resolve_nsa,
+    resolve_pattern24,
+    resolve_relu2_24,
+)
+from tiny_onn.sparse.activation_packed import takes_packed
 from tiny_onn.sparse.k24_layer import K24Linear, PatternMask
 from tiny_onn.sparse.masked_linear import MaskedLinear
 
@@ -170,8 +183,14 @@ class TinyONN(nn.Module):
         precision: str = "bf16",
         experts: str = "auto",
         nsa: str = "auto",
+        pattern24: str = "auto",
+        relu2_24: str = "auto",
+        tokens: int = 0,
     ) -> TinyONN:
-        """Decide how attention and experts run on ``device`` (see :mod:`tiny_onn.ops`)."""
+        """Decide how attention, experts and 2:4 parts run on ``device`` (:mod:`tiny_onn.ops`).
+
+        ``tokens``: of a training batch on one device, which "auto" of relu2_24 goes by; 0: few.
+        """
         if self.packed is not None:
             refuse_device(self.packed["backend"], device)
         self.attention_backend = resolve_attention(backend, device, precision)
@@ -187,6 +206,20 @@ class TinyONN(nn.Module):
             chosen = resolve_nsa(nsa, device, dtype)
             for layer in self.sparse_attention_layers:
                 layer.backend = chosen
+        if self.masked_weights:
+            size = max(weight.numel() for _, weight in self.masked_weights)
+            chosen = resolve_pattern24(pattern24, device, self.head.weight.dtype, size)
+            for pattern, _ in self.masked_weights:
+                pattern.backend = chosen
+        packing = act24_layers(self)
+        if packing:
+            hidden = hidden_width(self.config)
+            operations = 2 * tokens * hidden * self.config.width
+            cannot = kernels_cannot(self.config)
+            chosen = resolve_relu2_24(relu2_24, device, dtype, operations, cannot)
+            packed = chosen == "triton" and takes_packed(hidden, device, dtype)
+            for layer in packing:
+                layer.backend, layer.takes_packed = chosen, packed
         return self
 
     @torch.compiler.disable

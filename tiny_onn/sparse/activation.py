@@ -263,7 +263,10 @@ class _SquaredReluFFN(torch.autograd.Function):
         options: ActSparse24 = ctx.options
         needs = ctx.needs_input_grad
         d_TF = dy_TC @ down_CF
-        if options.keep_forward_mask:
+        if options.keep_forward_mask and slope_TF.dtype == torch.bool:
+            # Where nothing was kept nothing passes, be it NaN or infinite.
+            d_TF, relu_TF = apply_mask(d_TF, slope_TF), apply_mask(relu_TF, slope_TF)
+        elif options.keep_forward_mask:
             d_TF = d_TF * slope_TF
         d_factor_TF = None
         if factor_TF is not None:
@@ -296,6 +299,20 @@ class _SquaredReluFFN(torch.autograd.Function):
         return dx_TC, dup_FC, ddown_CF, d_factor_TF, None, None
 
 
+def refuse_operands(x_TC: Tensor, up_FC: Tensor) -> None:
+    """Raises UserError for what :func:`squared_relu_24` cannot compute."""
+    if x_TC.dtype == torch.float16:
+        raise UserError(
+            "got float16 activations, whose squares overflow above 255; expected bfloat16 or "
+            "float32; change the precision"
+        )
+    if up_FC.shape[0] % 4:
+        raise UserError(
+            f"got a hidden width of {up_FC.shape[0]}; expected a multiple of 4 for 2:4; use "
+            f"{-(-up_FC.shape[0] // 4) * 4}"
+        )
+
+
 def squared_relu_24(
     x_TC: Tensor,
     up_FC: Tensor,
@@ -320,16 +337,7 @@ def squared_relu_24(
     Raises:
         UserError: a hidden width not divisible by 4, or float16, whose squares overflow.
     """
-    if x_TC.dtype == torch.float16:
-        raise UserError(
-            "got float16 activations, whose squares overflow above 255; expected bfloat16 or "
-            "float32; change the precision"
-        )
-    if up_FC.shape[0] % 4:
-        raise UserError(
-            f"got a hidden width of {up_FC.shape[0]}; expected a multiple of 4 for 2:4; use "
-            f"{-(-up_FC.shape[0] // 4) * 4}"
-        )
+    refuse_operands(x_TC, up_FC)
     if order_T is None:
         return _SquaredReluFFN.apply(x_TC, up_FC, down_CF, factor_TF, options, tally)
     if factor_TF is not None:

@@ -8,7 +8,10 @@
 So a pattern k is drawn with probability softmax(logits)_k whatever tau is: kappa is what makes the
 mask settle, tau only shapes its gradient. The likeliest pattern is that of the two largest S.
 All of it is computed in float32 (float64 for float64 weights), under autocast too: in half
-precision Gumbel noise is NaN now and then.
+precision Gumbel noise is NaN now and then. A group with a NaN among its logits keeps nothing and
+its gradients are NaN; a masked NaN or infinite weight is NaN, so that it is seen.
+
+The Triton kernels (kernels/pattern24) compute the same from the same noise.
 
 Shapes: A agents, O rows, I columns, G = I / 4 groups, K = 6 patterns, m = 4 entries of a group.
 Patterns, and entries of groups, are the *first* dimension where they stand alone (KAOG, mAOG):
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiny_onn.ops import pattern_noise
 from tiny_onn.sparse.mask import topk_mask
 from tiny_onn.sparse.pattern import NMPattern
 
@@ -71,17 +75,21 @@ def score(
 
 def pattern_logits(score_AOI: Tensor, kappa: float) -> Tensor:
     """(K, A, O, G): kappa times what each pattern would keep of the scores."""
-    return _scored(by_entry(kappa * score_AOI))
+    return kappa * _scored(by_entry(score_AOI))
+
+
+def noise_key(seed: int) -> int:
+    """What of a seed of any size is the key of its noise: 63 bits."""
+    return seed % (1 << 63)
 
 
 def gumbel_noise(like_KX: Tensor, seed: int) -> Tensor:
-    """Standard Gumbel numbers in ``like_KX``'s shape, type and device, from a stream of their own:
-    the same for the same seed and device type, and no other stream moves. Always finite."""
-    generator = torch.Generator(like_KX.device)
-    generator.manual_seed(seed % (1 << 63))
-    uniform = torch.empty(like_KX.shape, dtype=like_KX.dtype, device=like_KX.device)
-    uniform.uniform_(generator=generator).clamp_(min=torch.finfo(uniform.dtype).tiny)
-    return uniform.log_().neg_().log_().neg_()
+    """Standard Gumbel numbers in ``like_KX``'s shape, type and device, a function of the seed and
+    the place alone: the same on every device and in every back-end, and no stream moves. Always
+    finite."""
+    num_groups = like_KX[0].numel()
+    noise_GK = pattern_noise(num_groups, noise_key(seed), like_KX.dtype, like_KX.device)
+    return noise_GK.T.reshape(like_KX.shape)
 
 
 def kept(pattern_KX: Tensor) -> Tensor:
@@ -145,6 +153,14 @@ def sample_mask(logits_KAOG: Tensor, noise_KAOG: Tensor, tau: float) -> Tensor:
 def likeliest_mask(logits_KAOG: Tensor) -> Tensor:
     """bool (A, O, I): the likeliest pattern of each group, of equal ones the first."""
     return by_column(kept(_one_hot(logits_KAOG).to(torch.int8)) > 0)
+
+
+@torch.no_grad()
+def mask_of(pattern_AOG: Tensor) -> Tensor:
+    """bool (A, O, I) of numbers of patterns, 0 to 5, in the order of PAIRS; 6: nothing is kept."""
+    kept_74 = [[entry in pair for entry in range(4)] for pair in (*PAIRS, ())]
+    table_74 = torch.tensor(kept_74, device=pattern_AOG.device)
+    return table_74[pattern_AOG.long()].flatten(-2)
 
 
 @torch.no_grad()

@@ -4,6 +4,9 @@ In training a mask is drawn anew for every optimizer step (all forwards of a ste
 evaluation it is the likeliest one. Only a forward that learns (training mode, with gradient) counts
 for the activity, so excursions leave no trace.
 
+A training forward is drawn and applied in PyTorch or by the Triton kernels, with the same noise:
+the same masks and gradients, but for groups whose two best patterns are equal to rounding.
+
 Shapes: N rows, A agents, O rows of the matrix, I columns, G = I / 4 groups, K = 6 patterns.
 """
 
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.errors import UserError
+from tiny_onn.ops import pattern24_kernels
 from tiny_onn.sparse import k24
 from tiny_onn.sparse.k24_activity import Activity, Statistic
 from tiny_onn.sparse.k24_diversity import Kernel, pair_overlap
@@ -46,6 +50,8 @@ class PatternMask(nn.Module):
     Args:
         state: the schedule's place, one object for all masks of a model.
         place: number of the mask in its model; its noise is a stream of its own.
+
+    ``backend`` is a name that :func:`tiny_onn.ops.resolve_pattern24` gave; "torch" runs anywhere.
 
     Raises:
         UserError: columns that 4 does not divide.
@@ -77,6 +83,7 @@ class PatternMask(nn.Module):
         else:
             self.alpha = nn.Parameter(torch.zeros(agents, rows, columns))
         self.activity = Activity(agents, columns, settings.momentum, settings.statistic)
+        self.backend = "torch"
         self.track = False
         self.selected: Tensor | None = None
         self.agreement: Tensor | None = None
@@ -112,9 +119,16 @@ class PatternMask(nn.Module):
 
     def logits(self, weight: Tensor) -> Tensor:
         """(K, A, O, G) at the schedule's kappa."""
+        return self._logits(self._source(weight))
+
+    def _source(self, weight: Tensor) -> Tensor:
+        """What logits are made of: free ones (A, O, G, K), or scores (A, O, I)."""
+        return k24.wide(self.free) if self.settings.logits == "free" else self.score(weight)
+
+    def _logits(self, source: Tensor) -> Tensor:
         if self.settings.logits == "free":
-            return self.state.kappa * k24.wide(self.free).movedim(-1, 0)
-        return k24.pattern_logits(self.score(weight), self.state.kappa)
+            return self.state.kappa * source.movedim(-1, 0)
+        return k24.pattern_logits(source, self.state.kappa)
 
     @torch.no_grad()
     def likeliest(self, weight: Tensor) -> Tensor:
@@ -134,15 +148,35 @@ class PatternMask(nn.Module):
         if not self.training:
             return self._evaluated(weight), None
         with torch.autocast(weight.device.type, enabled=False):
+            seed = self.state.seed * 1009 + self.place
+            learns = torch.is_grad_enabled()
+            compares = learns and self.settings.kernel is not None and self.agents > 1
+            if self.backend == "triton":
+                return self._by_kernels(weight, seed, learns, compares)
             logits = self.logits(weight)
-            noise = k24.gumbel_noise(logits, self.state.seed * 1009 + self.place)
+            noise = k24.gumbel_noise(logits, seed)
             mask = k24.sample_mask(logits, noise, self.state.tau)
-            overlap = None
-            if torch.is_grad_enabled():
-                if self.settings.kernel is not None and self.agents > 1:
-                    overlap = pair_overlap(logits, self.settings.kernel)
+            overlap = pair_overlap(logits, self.settings.kernel) if compares else None
+            if learns:
                 self._note(mask.detach(), logits.detach())
         return k24.masked(weight, mask, self.settings.weight_grad == "straight"), overlap
+
+    def _by_kernels(
+        self, weight: Tensor, seed: int, learns: bool, compares: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward` in training; logits are not kept unless someone looks at them."""
+        source = self._source(weight)
+        kernels, state = pattern24_kernels(), self.state
+        draw = kernels.pattern24_free if self.settings.logits == "free" else kernels.pattern24
+        straight = self.settings.weight_grad == "straight"
+        numbers = (state.kappa, state.tau, k24.noise_key(seed))
+        weight_AOI, pattern_AOG = draw(weight, source, *numbers, dense_grad=straight)
+        overlap = pair_overlap(self._logits(source), self.settings.kernel) if compares else None
+        if learns:
+            watched = self._logits(source.detach()) if state.watch else None
+            looked_at = self.track or state.watch
+            self._note(k24.mask_of(pattern_AOG) if looked_at else None, watched)
+        return weight_AOI, overlap
 
     def _evaluated(self, weight: Tensor) -> Tensor:
         """With the likeliest mask; kept until weights or mode change where nothing is learnt."""
@@ -159,12 +193,15 @@ class PatternMask(nn.Module):
         return super().train(mode)
 
     @torch.no_grad()
-    def _note(self, mask_AOI: Tensor, logits_KAOG: Tensor) -> None:
+    def _note(self, mask_AOI: Tensor | None, logits_KAOG: Tensor | None) -> None:
+        """What a drawn mask selected, if tracked, and how it agrees, if watched."""
         self._cached = None
         if self.track:
+            assert mask_AOI is not None
             selected = mask_AOI > 0
             self.selected = selected if self.selected is None else self.selected | selected
         if self.state.watch:
+            assert mask_AOI is not None and logits_KAOG is not None
             best_AOI = k24.likeliest_mask(logits_KAOG)
             same_AOG = (best_AOI == (mask_AOI > 0)).unflatten(-1, (-1, 4)).all(dim=-1)
             self.agreement = same_AOG.float().mean()

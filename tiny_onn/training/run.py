@@ -189,7 +189,9 @@ class _Run:
         )
         device = trainer.strategy.root_device
         ops, precision = config.ops, config.trainer.precision
-        model.use_backend(ops.backend, device, precision, ops.experts, ops.nsa)
+        tokens = config.data.batch_tokens // trainer.world_size
+        sparse24 = (ops.pattern24, ops.relu2_24, tokens)
+        model.use_backend(ops.backend, device, precision, ops.experts, ops.nsa, *sparse24)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         if config.trainer.compile:
