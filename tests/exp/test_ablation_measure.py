@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from tiny_onn.sweep.run_files import steady_rate
+
 
 @pytest.fixture
 def measure(script):
@@ -20,13 +22,13 @@ def test_rates_and_resets_come_from_all_parts_of_the_log_in_their_order(measure,
     write_log(tmp_path, 2, f"{head}1,0,20,100\n3,,40,200\n")
     lines = measure.log_lines(tmp_path)
     assert [line["step"] for line in lines] == ["20", "40", "60"]
-    assert measure.steady_rate(lines) == 200.0
+    assert steady_rate(lines) == 200.0
     assert measure.total_resets(lines) == 5
 
 
 def test_a_dense_run_has_no_resets_and_an_unlogged_one_no_rate(measure, tmp_path):
     assert measure.log_lines(tmp_path) == []
-    assert measure.steady_rate([]) is None
+    assert steady_rate([]) is None
     write_log(tmp_path, 0, "step,tokens_per_s\n20,100\n")
     assert measure.total_resets(measure.log_lines(tmp_path)) is None
 
