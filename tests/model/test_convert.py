@@ -16,6 +16,7 @@ from tiny_onn.model.convert import convert, dense_state, packed_weights, unpack
 from tiny_onn.model.packed_weights import best_form
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.sparse.k24_layer import PatternMask
+from tiny_onn.sparse.masked_linear import MaskedLinear
 from tiny_onn.sparse.packed import packed_bytes
 from tiny_onn.sparse.semi_structured import SPARSE_BACKENDS
 
@@ -30,6 +31,8 @@ KINDS = {
     "odd": (replace(MODEL, width=36, ffn_width=12), MOE, K24Config()),
     "relu2": (replace(MODEL, ffn="relu2"), MOE, K24Config(alpha_rank=2)),
     "free": (MODEL, MOE, K24Config(logits="free", alpha_init_std=1.0)),
+    "s_ste": (replace(MODEL, weights="s_ste"), MOE, K24Config()),
+    "random24": (replace(MODEL, weights="random24", ffn="relu2"), MOE, K24Config()),
     "separate": (EXPERTS, MOE, K24Config()),
     "shared": (EXPERTS, SHARED, K24Config()),
     "both": (EXPERTS, replace(SHARED, every=2), K24Config()),
@@ -67,8 +70,10 @@ def save(model, folder, kind="dense"):
 def masked(model):
     """The masked weights, by the names that they have in a dense network."""
     names = {id(p): name for name, p in model.named_parameters()}
+    layers = [m for m in model.modules() if isinstance(m, MaskedLinear)]
     with torch.no_grad():
         found = {names[id(w)]: (w, p(w)[0]) for p, w in model.masked_weights}
+        found |= {names[id(m.weight)]: (m.weight, m.sparse_weight()[None]) for m in layers}
     return {n: m[0] if n.endswith(".weight") else m for n, (_, m) in found.items()}
 
 

@@ -110,9 +110,9 @@ def convert_help() -> str:
         [
             "usage: python -m tiny_onn.convert checkpoint=RUN [out=DIR] [key=value ...]",
             "",
-            "Packs the 2:4 weights of a trained network (weights=k24): half the values and four",
-            "bits for every group of four, or, where experts share a weight, that weight and a bit",
-            "an expert. The packed checkpoint predicts what the trained one does, in submit.py and",
+            "Packs the 2:4 weights of a trained network (weights=k24, s_ste or random24): half the",
+            "values and four bits for every group of four, or, where experts share a weight, that",
+            "weight and a bit an expert. The packed checkpoint predicts what the trained one does, in submit.py and",
             "tiny_onn.inspect; it cannot be trained. A table tells what was packed, and what was",
             "refused and why.",
             "",

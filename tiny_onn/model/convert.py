@@ -1,4 +1,4 @@
-"""A trained network of 2:4 weights (weights=k24) in packed form, for inference.
+"""A trained network of 2:4 weights (weights=k24, s_ste, random24) in packed form, for inference.
 
 What is packed is FFNs and experts; everything else stays as it is. ``model.packed`` records what is
 needed to build the same network again around the packed tensors (see checkpoint.py).
@@ -32,10 +32,11 @@ from tiny_onn.model.packed_weights import (
 )
 from tiny_onn.model.tiny_onn import TinyONN
 from tiny_onn.sparse.k24_layer import K24Linear, PatternMask
+from tiny_onn.sparse.masked_linear import MaskedLinear
 from tiny_onn.sparse.semi_structured import SPARSE_BACKENDS, Backend
 
 FORMAT = 1
-DENSE = "dense weights, nothing of them is 2:4; train with weights=k24"
+DENSE = "dense weights, nothing of them is 2:4; train with weights=k24 or s_ste"
 ACT24 = "relu2_act24: nothing of its weights is 2:4, its activations are packed per forward"
 STACKED = "experts run as stacks of dense matrices (ops.experts)"
 
@@ -89,11 +90,11 @@ class ConvertReport:
 
 
 class _Slot(NamedTuple):
-    """A masked weight of the network: its name in the state dict, and its masks."""
+    """A masked weight of the network: its name in the state dict, and what makes its masks."""
 
     name: str
     weight: nn.Parameter
-    pattern: PatternMask
+    mask: PatternMask | MaskedLinear
 
     @property
     def is_linear(self) -> bool:
@@ -101,18 +102,35 @@ class _Slot(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        experts = () if self.is_linear else (self.pattern.agents,)
-        return (*experts, self.pattern.rows, self.pattern.columns)
+        if isinstance(self.mask, MaskedLinear):
+            return tuple(self.weight.shape)
+        experts = () if self.is_linear else (self.mask.agents,)
+        return (*experts, self.mask.rows, self.mask.columns)
 
     @property
     def is_shared(self) -> bool:
         return self.weight.dim() < len(self.shape)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of all that is kept to make its masks."""
+        if isinstance(self.mask, MaskedLinear):
+            return sum(t.nbytes for t in self.mask.buffers())
+        return sum(t.nbytes for t in self.mask.state_dict().values())
+
+    def evaluated(self) -> tuple[Tensor, Tensor]:
+        """The weight, and bool masks, whose product is what evaluation multiplies with."""
+        if isinstance(self.mask, MaskedLinear):
+            return self.mask.sparse_weight(), self.mask.mask()
+        return self.weight, self.mask.likeliest(self.weight)
 
 
 def _slots(model: TinyONN) -> Iterator[_Slot]:
     for name, module in model.named_modules():
         if isinstance(module, K24Linear):
             yield _Slot(f"{name}.weight", module.weight, module.pattern)
+        elif isinstance(module, MaskedLinear):
+            yield _Slot(f"{name}.weight", module.weight, module)
         elif isinstance(module, Experts) and module.patterns():
             yield _Slot(f"{name}.gate_up", module.gate_up, module.gate_up_pattern)
             yield _Slot(f"{name}.down", module.down, module.down_pattern)
@@ -141,7 +159,7 @@ def _storage(slot: _Slot, dtype: torch.dtype, form: Form, backend: Backend) -> F
 
 def _install(model: TinyONN, stored: Mapping[str, FrozenWeight], backend: Backend) -> None:
     """Put the packed weights into the places of the masked ones; ``model`` is in evaluation."""
-    for name in [n for n, m in model.named_modules() if isinstance(m, K24Linear)]:
+    for name in [n for n, m in model.named_modules() if isinstance(m, K24Linear | MaskedLinear)]:
         _replace(model, name, stored[f"{name}.weight"])
     experts = [n for n, m in model.named_modules() if isinstance(m, Experts)]
     for name in experts:
@@ -195,7 +213,7 @@ def convert(
         raise UserError(f"got dtype {dtype}; expected one of {', '.join(DTYPES)}; use bfloat16")
     if model.packed is not None:
         raise UserError(
-            "got a packed network to pack; expected one trained with weights=k24; unpack it first, "
+            "got a packed network to pack; expected one as it was trained; unpack it first, "
             "or convert the checkpoint it was packed from"
         )
     refuse_device(backend, model.head.weight.device)
@@ -204,7 +222,7 @@ def convert(
         kind = dtype or slot.weight.dtype
         weight = _storage(slot, kind, best_form(slot.shape, kind, slot.is_shared), backend)
         try:
-            weight.fill(slot.weight, slot.pattern.likeliest(slot.weight))
+            weight.fill(*slot.evaluated())
         except UserError as error:
             raise UserError(f"weight {slot.name}: {error}; nothing was packed") from error
         stored[slot.name] = weight
@@ -235,7 +253,7 @@ def _report(slot: _Slot, weight: FrozenWeight, backend: Backend) -> ConvertedWei
         slot.shape,
         slot.weight.nbytes,
         weight.form,
-        mask_bytes=sum(t.nbytes for t in slot.pattern.state_dict().values()),
+        mask_bytes=slot.mask_bytes,
         packed_bytes=weight.num_bytes,
         backend=chosen,
         refused=refused,
@@ -243,7 +261,7 @@ def _report(slot: _Slot, weight: FrozenWeight, backend: Backend) -> ConvertedWei
 
 
 def build_packed(model: TinyONN, record: Any) -> None:
-    """Make ``model``, as it is built with weights=k24, the packed one of ``record``, all zeros.
+    """Make ``model``, as it is built to be trained, the packed one of ``record``, all zeros.
 
     Raises:
         UserError: a record that is none, or of another network.
