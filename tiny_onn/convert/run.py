@@ -53,7 +53,8 @@ def run_convert(config: ConvertConfig) -> int:
         reasons = Counter(weight.reason for weight in report.refused)
         raise UserError(
             f"got checkpoint={config.checkpoint}, of which nothing can be packed ("
-            f"{next(iter(reasons))}); expected a model trained with weights=k24 or s_ste; choose another"
+            f"{next(iter(reasons))}); expected a model trained with weights=k24 or s_ste; choose "
+            "another"
         )
     ensure_writable_dir(out)
     about = {"checkpoint": str(source), "backend": config.backend, "dtype": config.dtype}
