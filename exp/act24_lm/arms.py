@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiny_onn.config.schema import ActSparse24Config
+from tiny_onn.config.schema_24 import ActSparse24Config
 
 SWIGLU_HIDDEN, RELU2_HIDDEN = 344, 512
 """132,096 and 131,072 weights a layer at width 128."""

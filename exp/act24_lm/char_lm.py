@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from arms import RELU2_HIDDEN, SWIGLU_HIDDEN
 from torch import Tensor, nn
 
-from tiny_onn.config.schema import ActSparse24Config
+from tiny_onn.config.schema_24 import ActSparse24Config
 from tiny_onn.model.ffn import ActSparse24MLP, SquaredReLU, SwiGLU
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tiny_onn.config.schema import K24Config, OptimConfig
+from tiny_onn.config.schema import OptimConfig
+from tiny_onn.config.schema_24 import K24Config
 
 REVIVE_STEPS, RESET_STEPS = 100, 100
 

@@ -15,7 +15,7 @@ from teachers_arms import Arm
 from teachers_task import Teachers
 from torch import Tensor, nn
 
-from tiny_onn.config.schema import K24Config
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.model.k24_parts import K24Parts
 from tiny_onn.sparse import k24
 from tiny_onn.sparse.mask import topk_mask

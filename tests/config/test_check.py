@@ -7,13 +7,13 @@ from tiny_onn.config.check_network import check_k24, check_moe, check_nsa, check
 from tiny_onn.config.load import load_config
 from tiny_onn.config.schema import (
     BudgetConfig,
-    K24Config,
     ModelConfig,
     MoeConfig,
     NsaConfig,
     OptimConfig,
     ResetConfig,
 )
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.errors import UserError
 
 

@@ -8,7 +8,8 @@ import torch
 
 from tiny_onn.arc.corpus import build_corpus
 from tiny_onn.config.load import load_config
-from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig
+from tiny_onn.config.schema import ModelConfig, MoeConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import load_model
 from tiny_onn.model.tiny_onn import build_model

@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tiny_onn.arc.packing import pack
 from tiny_onn.config.check_network import check_model, hidden_width
-from tiny_onn.config.schema import ActSparse24Config, DeepEmbedConfig, ModelConfig
+from tiny_onn.config.schema import DeepEmbedConfig, ModelConfig
+from tiny_onn.config.schema_24 import ActSparse24Config
 from tiny_onn.errors import UserError
 from tiny_onn.model.deep_embed import scale
 from tiny_onn.model.ffn import ActSparse24MLP, SquaredReLU, act24_layers, count_optimizer_steps

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_onn.arc.packing import pack
-from tiny_onn.config.schema import Config, K24Config, ModelConfig, MoeConfig
+from tiny_onn.config.schema import Config, ModelConfig, MoeConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.errors import BackendUnavailable, UserError
 from tiny_onn.inspect.experts import expert_stats
 from tiny_onn.model.checkpoint import PACKED, WEIGHTS, load_model, save_checkpoint

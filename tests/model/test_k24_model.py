@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from tiny_onn.arc.packing import fill, pack
 from tiny_onn.arc.task import Pair
 from tiny_onn.arc.tokens import encode_pair
-from tiny_onn.config.schema import Config, K24Config, ModelConfig, MoeConfig
+from tiny_onn.config.schema import Config, ModelConfig, MoeConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.inference.excursion import excursion
 from tiny_onn.losses.mask_diversity import mask_diversity
 from tiny_onn.model.checkpoint import load_model, save_checkpoint

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from tiny_onn.config.check_network import check_k24
-from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig
+from tiny_onn.config.schema import ModelConfig, MoeConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.tiny_onn import build_model

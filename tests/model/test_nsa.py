@@ -12,6 +12,7 @@ from tiny_onn.config.schema import Config, ModelConfig, NsaConfig, OptimConfig
 from tiny_onn.errors import UserError
 from tiny_onn.losses.language import output_nll
 from tiny_onn.model import tiny_onn
+from tiny_onn.model.attention_plan import document_spans, plan_documents
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.nsa_plan import NsaPlan, Split, plan_nsa
 from tiny_onn.model.tiny_onn import build_model
@@ -153,9 +154,9 @@ def test_a_branch_reads_the_documents_that_it_covers_in_full_and_only_those(
 
     def plan_full(spans):
         planned.append(spans.lengths)
-        return model._plan_documents(spans)
+        return plan_documents(spans, model.attention_backend)
 
-    plan = plan_nsa(model._spans(batch.layout), replace(small_nsa, **nsa), plan_full)
+    plan = plan_nsa(document_spans(batch.layout, "prefix"), replace(small_nsa, **nsa), plan_full)
     assert planned == [tuple(n for n in lengths if n <= limit) for limit in planned_limits]
     for split, limit in ((plan.selected, selected_above), (plan.window, window_above)):
         if limit is None:

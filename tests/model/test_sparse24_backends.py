@@ -8,13 +8,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install 'triton>=3.6'")
 
 from tiny_onn.arc.packing import pack
-from tiny_onn.config.schema import (
-    ActSparse24Config,
-    DeepEmbedConfig,
-    K24Config,
-    ModelConfig,
-    MoeConfig,
-)
+from tiny_onn.config.schema import DeepEmbedConfig, ModelConfig, MoeConfig
+from tiny_onn.config.schema_24 import ActSparse24Config, K24Config
 from tiny_onn.errors import BackendUnavailable
 from tiny_onn.model.ffn import ActSparse24MLP, act24_layers
 from tiny_onn.model.tiny_onn import build_model

@@ -75,7 +75,7 @@ def test_a_causal_batch_is_one_call_without_copies(dense_varlen):
 def test_the_network_with_flash_windows_is_the_network_without(
     changes, nsa_model, documents, dense_varlen, monkeypatch
 ):
-    monkeypatch.setattr("tiny_onn.model.tiny_onn.flash_varlen", lambda: dense_varlen)
+    monkeypatch.setattr("tiny_onn.model.attention_plan.flash_varlen", lambda: dense_varlen)
     batch, found = pack(documents()), {}
     for backend in ("reference", "flash"):
         model = nsa_model(changes)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tiny_onn.config.schema import ActSparse24Config
+from tiny_onn.config.schema_24 import ActSparse24Config
 from tiny_onn.model.checkpoint import load_model
 from tiny_onn.model.ffn import act24_layers
 from tiny_onn.model.tiny_onn import build_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_onn.config.schema import K24Config
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.model.checkpoint import load_model
 from tiny_onn.sparse.k24_diversity import mask_overlap
 from tiny_onn.sparse.k24_schedule import K24Schedule

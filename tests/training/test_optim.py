@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig, OptimConfig
+from tiny_onn.config.schema import ModelConfig, MoeConfig, OptimConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.training.muon import BatchedMuon
 from tiny_onn.training.optim import MuonAdamW, build_optimizer, split_parameters

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from tiny_onn.config.ranges import check_group
-from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig, NsaConfig, ResetConfig
+from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig, ResetConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.errors import UserError
 
 VOCAB_SIZE = 14

@@ -8,17 +8,16 @@ from dataclasses import asdict
 from typing import Any
 
 from tiny_onn.config.schema import (
-    ActSparse24Config,
     BudgetConfig,
     DeepEmbedConfig,
     EaviConfig,
-    K24Config,
     ModelConfig,
     MoeConfig,
     NsaConfig,
     OptimConfig,
     ResetConfig,
 )
+from tiny_onn.config.schema_24 import ActSparse24Config, K24Config
 from tiny_onn.errors import UserError
 
 _AT_LEAST_1, _AT_LEAST_0 = (1, math.inf, "at least 1"), (0, math.inf, "at least 0")

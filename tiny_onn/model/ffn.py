@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_onn.config.schema import ActSparse24Config, ModelConfig
+from tiny_onn.config.schema import ModelConfig
+from tiny_onn.config.schema_24 import ActSparse24Config
 from tiny_onn.model.deep_embed import delta_factor, scale
 from tiny_onn.model.k24_parts import SparseParts
 from tiny_onn.sparse.activation import (

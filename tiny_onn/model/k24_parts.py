@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tiny_onn.config.schema import K24Config
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.sparse.k24_layer import K24Linear, PatternMask, PatternSettings
 from tiny_onn.sparse.k24_schedule import K24Schedule, ScheduleState
 from tiny_onn.sparse.masked_linear import MaskedLinear, RandomMaskLinear, SoftThresholdLinear

@@ -21,8 +21,10 @@ from tiny_onn.config.check_network import (
     check_nsa,
     hidden_width,
 )
-from tiny_onn.config.schema import K24Config, ModelConfig, MoeConfig, NsaConfig
+from tiny_onn.config.schema import ModelConfig, MoeConfig, NsaConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.model.attention import AttentionContext, FullAttention
+from tiny_onn.model.attention_plan import plan_attention
 from tiny_onn.model.block import Block
 from tiny_onn.model.deep_embed import DeepEmbed, DeltaOf, InputMix
 from tiny_onn.model.dyn_moe import DynMoE, Routing, RoutingLog
@@ -35,25 +37,15 @@ from tiny_onn.model.ffn import (
     act24_layers,
     kernels_cannot,
 )
-from tiny_onn.model.flash_varlen import flash_varlen
 from tiny_onn.model.k24_parts import K24Parts, sparse_parts
 from tiny_onn.model.kv_cache import KVCache
 from tiny_onn.model.nsa import NativeSparseAttention
 from tiny_onn.model.nsa_cache import NsaCache
-from tiny_onn.model.nsa_plan import NsaPlan, plan_nsa
-from tiny_onn.model.packed_attention import (
-    Attend,
-    DocumentSpans,
-    beside_filler,
-    plan_reference,
-    plan_sdpa,
-    plan_varlen,
-    torch_varlen,
-)
+from tiny_onn.model.nsa_plan import NsaPlan
+from tiny_onn.model.packed_attention import Attend
 from tiny_onn.model.packed_weights import refuse_device
 from tiny_onn.model.rope import Rope3D
 from tiny_onn.model.token_context import PackedTokens, TokenHistory
-from tiny_onn.model.window_varlen import plan_window_varlen
 from tiny_onn.ops import (
     resolve_attention,
     resolve_experts,
@@ -228,38 +220,8 @@ class TinyONN(nn.Module):
 
         Work of the host, on documents' lengths, once a batch: nothing to compile.
         """
-        spans = self._spans(batch.layout)
-        num_tokens = sum(spans.lengths)
-        filler = len(batch.tokens_N) - num_tokens
-        sparse = self.config.attention == "nsa"
-        attend = None
-        if not sparse or self.nsa.every > 1:
-            attend = self._plan_documents(spans)
-            attend = beside_filler(attend, num_tokens, filler) if filler else attend
-        if sparse:
-            window = self._plan_window if self.attention_backend == "flash" else None
-            plan = plan_nsa(spans, self.nsa, self._plan_documents, filler, attend, window)
-            if any(layer.backend == "triton" for layer in self.sparse_attention_layers):
-                plan.compute_for_kernels()
-            return plan
-        return attend
-
-    def _spans(self, layout: Any) -> DocumentSpans:
-        causal = self.config.mask == "causal"
-        prefix_lens_B = torch.zeros_like(layout.prefix_lens) if causal else layout.prefix_lens
-        prefixes = (0,) * len(layout.lengths) if causal else layout.prefixes
-        return DocumentSpans(layout.cu_seqlens, prefix_lens_B, layout.lengths, prefixes)
-
-    def _plan_documents(self, spans: DocumentSpans) -> Attend:
-        if self.attention_backend == "reference":
-            return plan_reference(spans)
-        if self.attention_backend == "sdpa":
-            return plan_sdpa(spans)
-        varlen = flash_varlen() if self.attention_backend == "flash" else torch_varlen()
-        return plan_varlen(spans, varlen)
-
-    def _plan_window(self, spans: DocumentSpans) -> Attend:
-        return plan_window_varlen(spans, self.nsa.window, flash_varlen())
+        kernels = any(layer.backend == "triton" for layer in self.sparse_attention_layers)
+        return plan_attention(batch, self.config, self.nsa, self.attention_backend, kernels)
 
     def hidden(
         self,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_onn.config.schema import Config, K24Config
+from tiny_onn.config.schema import Config
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import WEIGHTS, checkpoint_folder, load_model
 from tiny_onn.model.tiny_onn import TinyONN

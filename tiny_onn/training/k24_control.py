@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_onn.arc.tokens import IGNORE
-from tiny_onn.config.schema import K24Config
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.inference.excursion import excursion
 from tiny_onn.model.tiny_onn import TinyONN
 from tiny_onn.sparse.k24_layer import PatternMask

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.utils import clip_grad_norm_
 
-from tiny_onn.config.schema import K24Config, MoeConfig, OptimConfig
+from tiny_onn.config.schema import MoeConfig, OptimConfig
+from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.losses.language import output_nll
 from tiny_onn.losses.mask_diversity import mask_diversity
 from tiny_onn.losses.sdl import SDLTerms
