@@ -98,7 +98,7 @@ def run_all(arms: list[str], seeds: list[int], steps: int, keep: bool = True) ->
             continue
         found = {"arm": arm, **train(ARMS[arm], seed, steps), **about}
         if keep:
-            atomic_write_text(result_path(arm, seed), json.dumps(found, indent=1))
+            atomic_write_text(result_path(arm, seed), json.dumps(found))
         print(
             f"{arm} seed {seed}: loss {found['loss']:.4f}, groups {found['groups']:.1%}, "
             f"{found['seconds']:.0f} s",
