@@ -17,7 +17,9 @@ OPS = ["nsa", "experts", *SPARSE24]
 
 
 def resolve(op, backend, device, dtype):
+    """``dtype`` None: the one in which it is measured."""
     if op in SPARSE24:
+        dtype = dtype or break_even.MEASURED_IN[op]
         return SPARSE24[op](backend, device, dtype, 1000)
     if op == "nsa":
         return resolve_nsa(backend, device, dtype)
@@ -62,10 +64,11 @@ def test_auto_takes_torchs_operations_where_ours_cannot_run(machine, op, otherwi
 
 
 @pytest.mark.parametrize("op", SPARSE24)
-def test_auto_takes_24_kernels_only_where_they_were_measured_to_win(machine, op, caplog):
+def test_auto_takes_24_kernels_only_where_they_were_measured_to_win(
+    machine, op, monkeypatch, caplog
+):
     machine(triton=True, capability=(9, 0))
-    table = break_even.WINS_FROM
-    assert not table, "measured now? then say so in the README and test with a table of one's own"
+    monkeypatch.delitem(break_even.WINS_FROM, (9, 0), raising=False)
     with caplog.at_level(logging.INFO, "tiny_onn"):
         assert resolve(op, "auto", "cuda", torch.bfloat16) == "torch"
         assert resolve(op, "auto", "cpu", torch.float32) == "torch"
@@ -87,9 +90,22 @@ def test_auto_goes_by_the_measured_table(machine, monkeypatch, caplog, least, ch
     machine(triton=True, capability=(9, 0))
     monkeypatch.setitem(break_even.WINS_FROM, (9, 0), {"relu2_24": least})
     with caplog.at_level(logging.INFO, "tiny_onn"):
-        assert resolve("relu2_24", "auto", "cuda", torch.bfloat16) == chosen
-        assert resolve("pattern24", "auto", "cuda", torch.bfloat16) == "torch"
+        assert resolve("relu2_24", "auto", "cuda", None) == chosen
+        assert resolve("pattern24", "auto", "cuda", None) == "torch"
     assert why in caplog.text
+
+
+@pytest.mark.parametrize("op", SPARSE24)
+def test_auto_takes_24_kernels_only_in_the_type_they_were_measured_in(
+    machine, monkeypatch, op, caplog
+):
+    machine(triton=True, capability=(8, 0))
+    monkeypatch.setitem(break_even.WINS_FROM, (8, 0), {op: 0.0})
+    other = {"pattern24": torch.bfloat16, "relu2_24": torch.float32}[op]
+    with caplog.at_level(logging.INFO, "tiny_onn"):
+        assert resolve(op, "auto", "cuda", None) == "triton"
+        assert resolve(op, "auto", "cuda", other) == "torch"
+    assert f"measured in {break_even.MEASURED_IN[op]}, here {other}" in caplog.text
 
 
 @pytest.mark.parametrize("op", OPS)

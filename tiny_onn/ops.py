@@ -253,7 +253,7 @@ def _resolve_sparse24(
         if device.type != "cuda":
             lack = "our kernels run on CUDA"
         elif lack is None:
-            lack = loses(op, torch.cuda.get_device_capability(device), size)
+            lack = loses(op, torch.cuda.get_device_capability(device), size, dtype)
         else:
             lack = f"our kernels need {lack}"
         chosen = "triton" if lack is None else "torch"

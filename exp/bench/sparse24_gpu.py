@@ -13,7 +13,8 @@ product alone is timed, its operands are packed already: what packing costs is t
 arm is compared with a float32 product of the same masked operand before it is timed. At the end
 stands, for each question, the smallest product from which on sparse wins, or that none does, and
 the line for kernels/break_even.py, by which ops.pattern24=auto and ops.relu2_24=auto choose: of
-forward passes, pattern24 against drawing in PyTorch.
+what they choose between, the model's own modules forward and backward by both back-ends, masks of
+float32 weights and FFNs in bfloat16.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from gpu_cases import Arm, Case, Unavailable, Work, Wrong, agree
 import torch
 import torch.nn.functional as nn_functional
 from gpu_run import run
-from sparse24_gpu_report import ACTIVATIONS, ANEW, DRAWN, ONCE, report
+from sparse24_gpu_report import ACTIVATIONS, ANEW, DRAWN, ONCE, SQUARED, report
+from sparse24_gpu_training import Step, ffn_training, mask_training
 from torch import Tensor
 from torch.sparse import (
     SparseSemiStructuredTensorCUSPARSELT,
@@ -44,6 +46,9 @@ from tiny_onn_kernels.relu2_24 import reference as relu2_24_reference
 BOUND = 1e-2
 """Of products, and of drawn weights: logarithms are rounded otherwise than torch's, so of millions
 of groups a few with two equally good patterns get the other one."""
+
+TRAINING_BOUND = 2e-2
+"""Of both back-ends in bfloat16, which round in other places."""
 
 LIMIT_S = 2.0
 Pack = Callable[[Tensor], Tensor]
@@ -136,6 +141,20 @@ def from_kernel(packed: relu2_24_reference.Packed24, shape: torch.Size) -> Tenso
     )
 
 
+def _both(name: str, step: Step) -> dict[str, Arm]:
+    return {
+        f"{name} in training": Arm(lambda: lambda: step("triton"), ours=True),
+        f"{name} in training, PyTorch": Arm(lambda: lambda: step("torch")),
+    }
+
+
+def _check_both(name: str, step: Step) -> dict[str, float]:
+    """Of the result and the first gradient, which are the same by both back-ends."""
+    pairs = zip(step("triton")[:2], step("torch")[:2], strict=True)
+    errors = [agree(f"{name} in training", a.float(), b.float(), TRAINING_BOUND) for a, b in pairs]
+    return {f"{name} in training": max(errors)}
+
+
 def weights_case(spec: Spec) -> Case:
     """y = x W^T."""
 
@@ -154,9 +173,6 @@ def weights_case(spec: Spec) -> Case:
         def drawn() -> Tensor:
             return pattern24_kernel.pattern24(weight_OI, score_OI, *options)[0]
 
-        def drawn_in_pytorch() -> Tensor:
-            return pattern24_reference.pattern24(weight_OI, score_OI, *options)[0]
-
         def once(pack: Pack) -> Callable[[], Callable[[], Tensor]]:
             def make() -> Callable[[], Tensor]:
                 sparse_OI = pack(kept_OI)
@@ -173,16 +189,19 @@ def weights_case(spec: Spec) -> Case:
 
         make = once if spec.question == ONCE else anew
         arms = {"dense": Arm(lambda: dense)}
-        if spec.question == ANEW:
+        step = mask_training(spec.outer, spec.inner, device) if spec.question == ANEW else None
+        if step is not None:
             arms["dense, masked"] = Arm(lambda: lambda: nn_functional.linear(x_TI, drawn()), True)
             arms["pattern24"] = Arm(lambda: drawn, ours=True)
-            arms["pattern24 in PyTorch"] = Arm(lambda: drawn_in_pytorch)
+            arms |= _both("pattern24", step)
         arms |= {name: Arm(make(pack)) for name, pack in PACKERS.items()}
 
         def check() -> dict[str, float]:
             with torch.no_grad():
                 want_OI, _ = pattern24_reference.pattern24(weight_OI, score_OI, *options)
             found = {"pattern24": agree("pattern24", kept_OI.float(), want_OI.float(), BOUND)}
+            if step is not None:
+                found |= _check_both("pattern24", step)
             return found | _check_products(once, kept_OI, x_TI @ kept_OI.T)
 
         return Work(arms, check, _ratios(arms), derive=_rates(spec))
@@ -225,12 +244,15 @@ def activations_case(spec: Spec) -> Case:
             "cuSPARSELt": Arm(cslt),
         }
         arms |= {f"{name} product": Arm(product(pack)) for name, pack in PACKERS.items()}
+        step = ffn_training(*spec[2:], device)
+        arms |= _both("relu2_24", step)
 
         def check() -> dict[str, float]:
             got, want = (m.relu2_24(h_TI) for m in (relu2_24_kernel, relu2_24_reference))
             if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
                 raise Wrong("relu2_24: not bit for bit the reference's")
-            return _check_products(product, kept_TI, kept_TI @ weight_IO)
+            found = _check_both("relu2_24", step)
+            return found | _check_products(product, kept_TI, kept_TI @ weight_IO)
 
         return Work(arms, check, _ratios(arms), derive=_rates(spec))
 
@@ -258,8 +280,9 @@ def _ratios(arms: Mapping[str, Arm]) -> dict[str, tuple[str, str]]:
     for name in PACKERS:
         if f"{name} product" in arms:
             pairs[f"dense / {name}, product"] = ("dense product", f"{name} product")
-    if "pattern24" in arms:
-        pairs[DRAWN] = ("pattern24 in PyTorch", "pattern24")
+    for ratio, name in ((DRAWN, "pattern24"), (SQUARED, "relu2_24")):
+        if f"{name} in training" in arms:
+            pairs[ratio] = (f"{name} in training, PyTorch", f"{name} in training")
     return pairs
 
 
@@ -291,5 +314,5 @@ def make_cases(args: Namespace) -> Sequence[Case]:
 
 
 if __name__ == "__main__":
-    sources = ("kernels/*.py", "kernels/*24/*.py", "exp/bench/sparse24*.py")
+    sources = ("kernels/*.py", "kernels/*24/*.py", "exp/bench/sparse24*.py", "tiny_onn/*/*.py")
     sys.exit(run("sparse24_gpu", __doc__, make_cases, report, minutes=3.0, sources=sources))

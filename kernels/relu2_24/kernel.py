@@ -96,5 +96,10 @@ def relu2_24_gradient(
 
 def relu2_24_dense(x_TF: Tensor) -> Tensor:
     """As :func:`tiny_onn_kernels.relu2_24.reference.relu2_24_dense`, where relu2_24 runs."""
+    return relu2_24_dense_bits(x_TF)[0]
+
+
+def relu2_24_dense_bits(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`tiny_onn_kernels.relu2_24.reference.relu2_24_dense_bits`, where relu2_24 runs."""
     require_features(x_TF)
-    return _relu2_24_dense(x_TF)[0]
+    return _relu2_24_dense(x_TF)

@@ -209,5 +209,14 @@ def relu2_24_gradient(
 
 def relu2_24_dense(x_TF: Tensor) -> Tensor:
     """(T, F): ReLU^2 with zeros where 2:4 drops it; differentiable, with the forward mask kept."""
+    return relu2_24_dense_bits(x_TF)[0]
+
+
+def relu2_24_dense_bits(x_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`relu2_24_dense`, and ``bits`` of :class:`Packed24`, for products that take no packed
+    operand."""
     require_features(x_TF)
-    return torch.where(_keep(x_TF), _relu(x_TF).square(), 0.0)
+    kept_TF = _keep(x_TF)
+    weight_4 = torch.tensor([1, 2, 4, 8], device=x_TF.device)
+    bits_TB = _bytes((kept_TF.unflatten(1, (x_TF.shape[1] // 4, 4)) * weight_4).sum(dim=-1))
+    return torch.where(kept_TF, _relu(x_TF).square(), 0.0), bits_TB

@@ -8,10 +8,12 @@ def table(script):
     return script("bench", "sparse24_gpu_report")
 
 
-def record(question, gflop, drawn=None, **ratios):
+def record(question, gflop, drawn=None, squared=None, **ratios):
     found = {f"dense / {name}": {"median": value} for name, value in ratios.items()}
     if drawn is not None:
         found["PyTorch / pattern24"] = {"median": drawn}
+    if squared is not None:
+        found["PyTorch / relu2_24"] = {"median": squared}
     derived = {"question": question, "gflop": gflop, "weights": 1000 * gflop}
     return {"ratios": found, "derived": derived}
 
@@ -32,8 +34,8 @@ def test_sparse_wins_only_from_where_every_larger_product_won(table):
 
 def test_the_table_that_auto_reads_gets_what_was_measured(table):
     records = {
-        "small": record("activations", 10.0, CUTLASS=0.7, cuSPARSELt=1.9),
-        "large": record("activations", 100.0, CUTLASS=1.1),
+        "small": record("activations", 10.0, squared=0.7, CUTLASS=1.9),
+        "large": record("activations", 100.0, squared=1.1),  # no CUTLASS on this GPU
         "few": record("weights anew", 1.0, drawn=1.5),
     }
     assert table.table_entry(records).endswith("{'pattern24': 1000.0, 'relu2_24': 100000000000.0}")
@@ -56,6 +58,8 @@ def test_the_quick_cases_pass_their_checks_on_a_cpu(script, capsys):
     for case in cases:
         work = case.build(torch.device("cpu"))
         assert work.check()["kept"] == 2
+        for ratio in {"PyTorch / pattern24", "PyTorch / relu2_24"} & work.ratios.keys():
+            assert all(work.arms[name].make()()[1].any() for name in work.ratios[ratio])
         for name, arm in work.arms.items():
             if "CUTLASS" in name or "cuSPARSELt" in name:
                 with pytest.raises(bench.Unavailable, match="CUDA"):

@@ -9,6 +9,7 @@ from tiny_onn_kernels.relu2_24.reference import (
     cutlass_metadata,
     relu2_24,
     relu2_24_dense,
+    relu2_24_dense_bits,
     relu2_24_gradient,
     require_finite,
     unpack,
@@ -36,6 +37,7 @@ def test_packed_activations_stand_for_the_definition(case, dtype):
     want_TF = slowly(x_TF)
     packed = relu2_24(x_TF, check=True)
     assert torch.equal(unpack(packed), want_TF) and torch.equal(relu2_24_dense(x_TF), want_TF)
+    assert torch.equal(relu2_24_dense_bits(x_TF)[1], packed.bits)
     assert torch.equal(unpack_bits(packed.bits, case.features), want_TF != 0)
     assert packed.values.shape == (case.tokens, case.features // 2) and packed.values.dtype == dtype
     assert packed.codes.shape == packed.bits.shape == (case.tokens, -(-case.features // 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_onn.errors import UserError
 from tiny_onn.files import ensure_writable_dir
 from tiny_onn.model.checkpoint import (
     PACKED,
+    PROVENANCE,
     WEIGHTS,
     Loaded,
     checkpoint_folder,
@@ -24,6 +26,10 @@ from tiny_onn.model.tiny_onn import build_model
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 HEADER_LENGTH_BYTES = 8
+CHECKPOINT = "checkpoint"
+OF_A_RUN = ("resume.ckpt", "metrics.json", "leak_report.json")
+"""Files by which a folder is known as one that train.py writes to."""
+UNPACKED_FROM = "unpacked_from"
 
 
 def run_convert(config: ConvertConfig) -> int:
@@ -38,9 +44,10 @@ def run_convert(config: ConvertConfig) -> int:
     """
     source = checkpoint_folder(config.checkpoint)
     name = "unpacked" if config.unpack else "packed"
-    out = Path(config.checkpoint) / name if config.out is None else Path(config.out)
-    target = out / "checkpoint"
-    refuse_target(source, target)
+    run = source.parent if source.name == CHECKPOINT else source
+    out = run / name if config.out is None else Path(config.out)
+    target = out / CHECKPOINT
+    refuse_target(source, target, config.unpack)
     loaded = load_model(source)
     if config.unpack:
         save_unpacked(loaded, target, source)
@@ -66,20 +73,37 @@ def run_convert(config: ConvertConfig) -> int:
     return 0
 
 
-def refuse_target(source: Path, target: Path) -> None:
+def refuse_target(source: Path, target: Path, unpack: bool) -> None:
     """Raises:
-    UserError: the checkpoint to read would be written over, or one that is not packed.
+    UserError: the checkpoint to read would be written over, or one of another kind than what is
+        written, or a run would find it.
     """
     if target.resolve() == source.resolve():
         raise UserError(
             f"got out={target.parent}, which holds the checkpoint to read; expected another "
             "folder; choose another out"
         )
-    if target.exists() and not (target / PACKED).is_file():
+    wanted = "unpacked" if unpack else "packed"
+    if target.exists() and (kind := _kind(target)) != wanted:
         raise UserError(
-            f"got out={target.parent}, which holds a checkpoint that is not packed; expected "
-            "another folder, for it would be overwritten; choose another out"
+            f"got out={target.parent}, which holds a checkpoint that is {kind}; expected another "
+            f"folder, for only one that is {wanted} is written over; choose another out"
         )
+    if found := [name for name in OF_A_RUN if (target.parent / name).exists()]:
+        raise UserError(
+            f"got out={target.parent}, the folder of a run ({found[0]}), which could not go on "
+            "from what is written there; expected another folder; choose another out"
+        )
+
+
+def _kind(checkpoint: Path) -> str:
+    if (checkpoint / PACKED).is_file():
+        return "packed"
+    try:
+        facts = json.loads((checkpoint / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return "torn"
+    return "unpacked" if UNPACKED_FROM in facts else "not packed"
 
 
 def save_unpacked(loaded: Loaded, target: Path, source: Path) -> None:
@@ -99,7 +123,7 @@ def save_unpacked(loaded: Loaded, target: Path, source: Path) -> None:
     ensure_writable_dir(target.parent)
     if model.deep_embed is not None:
         model.deep_embed.open_files(source)
-    facts = loaded.provenance | {"unpacked_from": str(source)}
+    facts = loaded.provenance | {UNPACKED_FROM: str(source)}
     save_checkpoint(target, model, config, loaded.task_ids, facts)
 
 

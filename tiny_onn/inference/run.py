@@ -35,6 +35,7 @@ from tiny_onn.inference.predict import Prediction, check_predict, predict_tasks
 from tiny_onn.inference.progress import ProgressPrinter
 from tiny_onn.inference.vote import Candidate, rank, vote
 from tiny_onn.model.checkpoint import Loaded, load_model
+from tiny_onn.model.packed_weights import settle_products
 
 SUBMISSION, PREDICTIONS, SCORE, REPORT = (
     "submission.json",
@@ -64,7 +65,7 @@ def run_submit(config: SubmitConfig) -> int:
     loaded.model.use_backend(
         ops.backend, device, precision, ops.experts, ops.nsa, ops.pattern24, ops.relu2_24
     )
-    loaded.model.to(device)
+    settle_products(loaded.model.to(device))
     out = ensure_writable_dir(config.out)
     if config.threads > 0:
         torch.set_num_threads(config.threads)

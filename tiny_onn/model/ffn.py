@@ -126,11 +126,16 @@ class ActSparse24MLP(SquaredReLU):
         super()._load_from_state_dict(*args, **kwargs)
         self._steps = int(self.optimizer_steps)
 
+    @property
+    def _counting(self) -> DropTally | None:
+        """The tally of this forward, if it counts."""
+        return self.tally if self.training and self.tally.active else None
+
     def forward(self, x_NC: Tensor, delta_NF: Tensor | None = None) -> Tensor:
         if not self.is_sparse:
             hidden_NF = self.activate(x_NC, delta_NF)
-            if self.training:
-                self.tally.add_tokens(hidden_NF, None)
+            if self._counting is not None:
+                self._counting.add_tokens(hidden_NF, None)
             return self.down(hidden_NF)
         device = x_NC.device.type
         dtype = x_NC.dtype
@@ -145,7 +150,7 @@ class ActSparse24MLP(SquaredReLU):
             return squared_relu_24_frozen(x_NC, up_FC, down_CF, self.options.method, factor_NF)
         order_N = None if self.token_keys is None else token_order(self.token_keys, len(x_NC))
         return squared_relu_24(
-            x_NC, up_FC, down_CF, self.options, order_N, factor_NF, tally=self.tally
+            x_NC, up_FC, down_CF, self.options, order_N, factor_NF, tally=self._counting
         )
 
     def _by_kernels(self, x_NC: Tensor, up_FC: Tensor, down_CF: Tensor) -> Tensor:
@@ -154,7 +159,7 @@ class ActSparse24MLP(SquaredReLU):
             return squared_relu_24_packed(x_NC, up_FC, down_CF, exact, self.takes_packed)
         order_N = None if self.token_keys is None else token_order(self.token_keys, len(x_NC))
         return squared_relu_24_packed(
-            x_NC, up_FC, down_CF, self.options, self.takes_packed, order_N, self.tally
+            x_NC, up_FC, down_CF, self.options, self.takes_packed, order_N, self._counting
         )
 
 

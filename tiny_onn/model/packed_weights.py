@@ -13,6 +13,8 @@ Shapes: N rows of input, E experts, O rows of a matrix, I columns.
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from typing import Any, Literal
 
 import torch
@@ -24,7 +26,14 @@ from tiny_onn.model.experts import Experts
 from tiny_onn.sparse import k24
 from tiny_onn.sparse.bits import pack_bits, unpack_bits
 from tiny_onn.sparse.mask import TWO_FOUR
-from tiny_onn.sparse.packed import HARDWARE, PackedTensor, pack, packed_bytes, unpack
+from tiny_onn.sparse.packed import (
+    HARDWARE,
+    PackedTensor,
+    pack,
+    packed_bytes,
+    refuse_violations,
+    unpack,
+)
 from tiny_onn.sparse.pattern import refuse_nonfinite
 from tiny_onn.sparse.semi_structured import (
     SPARSE_BACKENDS,
@@ -34,6 +43,8 @@ from tiny_onn.sparse.semi_structured import (
     refusal,
 )
 
+log = logging.getLogger("tiny_onn")
+
 Form = Literal["hardware", "rows", "bits"]
 """The two layouts of :class:`Packed24`, and :class:`SharedBits`."""
 FORMS: tuple[Form, ...] = ("hardware", "rows", "bits")
@@ -42,6 +53,7 @@ DTYPES = {
     for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
 """What weights may be stored in, by name."""
+NO_ROOM = "float16 has no room for the activations it multiplies; convert with dtype=bf16"
 
 
 def best_form(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> Form:
@@ -88,13 +100,17 @@ class FrozenWeight(nn.Module):
     def num_bytes(self) -> int:
         return sum(b.nbytes for b in self.buffers())
 
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """Of the parameter that wore the masks."""
+        return self.shape
+
     def _cast(self, weight: Tensor) -> Tensor:
         """``weight`` in the stored type.
 
         Raises:
-            UserError: NaN, infinities, or numbers that the type has no room for.
+            UserError: numbers that the type has no room for.
         """
-        refuse_nonfinite(weight, TWO_FOUR, "it")
         stored = weight.detach().to(self.stored)
         refuse_nonfinite(stored, TWO_FOUR, f"as {str(self.stored).removeprefix('torch.')} it")
         return stored
@@ -145,7 +161,8 @@ class Packed24(FrozenWeight):
         Raises:
             UserError: NaN, infinities, an overflow, a group with more than two nonzeros.
         """
-        masked = k24.masked(self._cast(weight), mask_EOI).reshape(self.shape)
+        refuse_nonfinite(weight, TWO_FOUR, "it")
+        masked = self._cast(k24.masked(weight, mask_EOI).reshape(self.shape))
         padded = F.pad(masked, (0, -self.shape[-1] % 8))
         self.values, self.meta = pack(padded, layout=self.form)
 
@@ -166,21 +183,36 @@ class SharedBits(FrozenWeight):
             "bits", torch.zeros(experts, rows, -(-columns // 8), dtype=torch.uint8)
         )
 
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        return self.shape[1:]
+
     def fill(self, weight: Tensor, mask_EOI: Tensor) -> None:
-        """Raises:
-        UserError: NaN, infinities, an overflow.
+        """What no expert keeps is stored as zero.
+
+        Raises:
+            UserError: NaN, infinities, an overflow, a group of which an expert keeps more than two.
         """
-        self.weight, self.bits = self._cast(weight), pack_bits(mask_EOI)
+        refuse_nonfinite(weight, TWO_FOUR, "it")
+        refuse_violations(k24.masked(weight.detach(), mask_EOI), TWO_FOUR)
+        kept = torch.where(mask_EOI.any(dim=0), weight.detach(), 0.0)
+        self.weight, self.bits = self._cast(kept), pack_bits(mask_EOI)
 
     def unpacked(self) -> Tensor:
-        return k24.masked(self.weight, unpack_bits(self.bits, self.shape[-1]))
+        """Raises:
+        UserError: damaged bits, by which a group keeps more than two.
+        """
+        masked = k24.masked(self.weight, unpack_bits(self.bits, self.shape[-1]))
+        refuse_violations(masked, TWO_FOUR)
+        return masked
 
 
 class PackedLinear(Packed24):
     """A Linear without bias: (N, I) -> (N, O), by the reference or by sparse tensor cores.
 
     ``backend`` is what was asked for; which one multiplies is settled once a device: see
-    :meth:`product`. Sparse tensor cores multiply in the stored type.
+    :meth:`product`. Sparse tensor cores multiply in the stored type; under ``auto`` they are not
+    given what is wider.
     """
 
     def __init__(
@@ -204,7 +236,10 @@ class PackedLinear(Packed24):
         if self._product is None:
             refuse_device(self.backend, self.values.device)
             refused = {}
-            if self.backend in SPARSE_BACKENDS:
+            if self.backend != "reference" and self.stored == torch.float16:
+                asked = SPARSE_BACKENDS if self.backend == "auto" else (self.backend,)
+                refused = dict.fromkeys(asked, NO_ROOM)
+            elif self.backend in SPARSE_BACKENDS:
                 why = refusal(self.unpacked(), self.backend)
                 refused = {} if why is None else {self.backend: why}
             found = Converted(self.dense(), "reference", refused)
@@ -224,7 +259,11 @@ class PackedLinear(Packed24):
         device = x_NI.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x_NI.dtype
-        return F.linear(x_NI.to(self.values.dtype), weight).to(dtype)
+        if self.backend == "auto" and dtype.itemsize > self.stored.itemsize:
+            return F.linear(x_NI, self.dense())
+        with torch.autocast(device, enabled=False):  # torch cannot cast its sparse tensors
+            y_NO = F.linear(x_NI.to(self.stored), weight)
+        return y_NO.to(dtype)
 
     def _forget(self) -> None:
         super()._forget()
@@ -243,6 +282,28 @@ class PackedExperts(Experts):
 
     def matrices(self, overlaps: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return self.gate_up.dense(), self.down.dense()
+
+
+def settle_products(model: nn.Module) -> None:
+    """Find out, and log, by what every packed Linear of ``model`` multiplies where it is now.
+
+    Raises:
+        BackendUnavailable: a back-end that was asked for by name takes none of them here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    products = [layer.product() for layer in layers]
+    for backend, count in Counter(product.backend for product in products).items():
+        log.info("sparse: %d packed weights multiplied by %s", count, backend)
+    named = {layer.backend for layer in layers} & set(SPARSE_BACKENDS)
+    reasons = Counter(why for p in products for name, why in p.refused.items() if name in named)
+    if named and all(product.backend == "reference" for product in products):
+        raise BackendUnavailable(
+            f"got a network packed for backend={', '.join(named)}, which takes no weight of it "
+            f"here ({next(iter(reasons))}); expected the device it was packed on; convert the "
+            "model with backend=auto"
+        )
+    for why, count in reasons.items():
+        log.warning("sparse: %d packed weights not by %s: %s", count, ", ".join(named), why)
 
 
 def refuse_device(backend: str, device: torch.device | str) -> None:

@@ -85,11 +85,14 @@ class DropTally:
 
     Counts stay on their device until then. token: of activations, along the features; feature: of
     the operands of dU and dD, along the tokens, dense features included.
+
+    ``active``: whether who owns it should have it count: two to four passes over the hidden layer.
     """
 
     NAMES = ("numbers", "token_nonzeros", "token_dropped", "feature_nonzeros", "feature_dropped")
 
     def __init__(self) -> None:
+        self.active = True
         self._sums: Tensor | None = None
 
     @torch.no_grad()
@@ -355,7 +358,12 @@ def squared_relu_24_frozen(
     method: Method,
     factor_TF: Tensor | None = None,
 ) -> Tensor:
-    """The same for evaluation: nothing is drawn (mvue becomes naive), no token sees another."""
+    """The same for evaluation: nothing is drawn (mvue becomes naive), no token sees another.
+
+    Raises:
+        UserError: as there.
+    """
+    refuse_operands(x_TC, up_FC)
     relu_TF = F.linear(x_TC, up_FC).relu()
     active_TF = relu_TF * relu_TF
     if factor_TF is not None:

@@ -2,11 +2,12 @@
 
     H = X U^T                       dense
     S = 2:4 of relu(H)^2, packed    one kernel: values, codes of their places, a bit a feature
-    Y = S D^T                       CUTLASS on what is packed, where it can; else S with zeros
+    Y = S D^T                       CUTLASS on what is packed
     dH = 2 relu(H) m dS             one kernel; m: the bits
 
 and dX, dU and dD as there. Method naive, the forward mask kept, nothing scales the hidden layer.
-H and a bit a feature are kept for the backward pass; S is computed again.
+H and a bit a feature are kept for the backward pass; S is computed again. Where CUTLASS cannot run
+(torch's takes compute capability 8 alone) the same kernel writes S with zeros, and Y is dense.
 
 Shapes: T tokens, C width, F hidden width.
 """
@@ -48,10 +49,8 @@ def takes_packed(hidden: int, device: torch.device | str, dtype: torch.dtype) ->
     return reason is None
 
 
-def _product(packed: relu2_24.Packed24, down_CF: Tensor, takes_packed: bool) -> Tensor:
-    """(T, C); T a multiple of 32 where the product takes what is packed."""
-    if not takes_packed:
-        return nn_functional.linear(relu2_24.unpack(packed), down_CF)
+def _product(packed: relu2_24.Packed24, down_CF: Tensor) -> Tensor:
+    """(T, C); T a multiple of 32."""
     sparse_TF = SparseSemiStructuredTensorCUTLASS(
         torch.Size((len(packed.values), down_CF.shape[1])),
         packed=packed.values,
@@ -79,12 +78,18 @@ class _PackedFFN(torch.autograd.Function):
         num_tokens = len(x_TC)
         filler = -num_tokens % TILES["cutlass"][x_TC.dtype][0] if takes_packed else 0
         h_TF = nn_functional.linear(nn_functional.pad(x_TC, (0, 0, 0, filler)), up_FC)
-        packed = relu2_24_kernels().relu2_24(h_TF)
+        if takes_packed:
+            packed = relu2_24_kernels().relu2_24(h_TF)
+            kept, bits_TB = packed.values, packed.bits
+            y_TC = _product(packed, down_CF)
+        else:
+            kept, bits_TB = relu2_24_kernels().relu2_24_dense_bits(h_TF)
+            y_TC = nn_functional.linear(kept, down_CF)
         if tally is not None:
-            tally.add_tokens(h_TF[:num_tokens].relu().square(), packed.values[:num_tokens])
-        ctx.save_for_backward(x_TC, up_FC, down_CF, h_TF[:num_tokens], packed.bits[:num_tokens])
+            tally.add_tokens(h_TF[:num_tokens].relu().square(), kept[:num_tokens])
+        ctx.save_for_backward(x_TC, up_FC, down_CF, h_TF[:num_tokens], bits_TB[:num_tokens])
         ctx.options, ctx.tally = options, tally
-        return _product(packed, down_CF, takes_packed)[:num_tokens]
+        return y_TC[:num_tokens]
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,7 @@
-"""What 2:4 activations dropped since the last log line, by layer."""
+"""What 2:4 activations drop in the steps that are logged, by layer.
+
+Counting passes over the hidden layer two to four times more, so other steps do without.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,15 @@ from tiny_onn.sparse.activation import DropTally
 from tiny_onn.training.distributed import StepChannel
 
 
+def count_drops(model: nn.Module, counting: bool) -> None:
+    """Whether the coming training forwards count what they drop."""
+    for layer in act24_layers(model):
+        layer.tally.active = counting
+
+
 def take_drops(model: nn.Module, channel: StepChannel) -> dict[str, float]:
-    """Metrics of all processes since the last call; {} without such layers. A collective call.
+    """Metrics of all processes, of what was counted since the last call; {} without such layers.
+    A collective call.
 
     By layer (of those with 2:4 activations, from 0): ``nonzero``, the share of the activations
     that were not zero; ``dropped``, of these the share that 2:4 along the features dropped (in the

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tiny_onn.config.schema import Config
 from tiny_onn.model.ffn import act24_layers
+from tiny_onn.training.activation_drops import count_drops
 from tiny_onn.training.attention_work import AttentionWork
 from tiny_onn.training.budget import Budget, lr_scale
 from tiny_onn.training.datamodule import TrainBatch
@@ -113,6 +114,7 @@ class RunLoop(L.Callback):
         self, trainer: L.Trainer, module: Pretrain, batch: TrainBatch, index: int
     ) -> None:
         assert batch.step == self.totals.step, (batch.step, self.totals.step)
+        count_drops(module.model, (batch.step + 1) % self.config.trainer.log_every_steps == 0)
         batch = module.begin_step(batch, self.share)
         counts = self.channel.gather(
             batch.num_outputs,

@@ -81,8 +81,8 @@ def refuse_packed(folder: Path) -> None:
     if (folder / CHECKPOINT / PACKED).is_file():
         raise UserError(
             f"run folder '{folder}' holds a packed checkpoint, which has no masks to learn; "
-            "expected a run to go on with or a free folder; choose another out, or resume=false to "
-            "start over in this one"
+            "expected a run to go on with or a free folder; choose another out, delete "
+            f"{folder / CHECKPOINT} to go on with a run here, or resume=false to start over"
         )
 
 
