@@ -99,6 +99,35 @@ def test_unpacking_a_run_leaves_a_dense_one_of_the_masked_weights(run, capsys):
     with pytest.raises(UserError, match="got a network that is not packed"):
         command(f"checkpoint={folder}", f"out={folder / 'e'}", "unpack=true")
     assert not (folder / "e").exists()
+    packed, dense = folder / "packed", folder / "d"
+    command(f"checkpoint={packed}", f"out={dense}", "unpack=true")  # over its like
+    command(f"checkpoint={packed}", f"out={folder / 'p'}", "unpack=true")
+    command(f"checkpoint={folder}", f"out={folder / 'q'}", "backend=reference")
+    before = tree(folder)
+    for out, kind in (("q", "packed"), ("", "not packed")):
+        with pytest.raises(UserError, match=f"holds a checkpoint that is {kind}; .*is unpacked is"):
+            command(f"checkpoint={packed}", f"out={folder / out}", "unpack=true")
+    with pytest.raises(UserError, match="holds a checkpoint that is unpacked; .*is packed is"):
+        command(f"checkpoint={folder}", f"out={dense}", "backend=reference")
+    assert tree(folder) == before
+
+
+def test_what_is_packed_from_a_checkpoint_folder_lies_beside_it(run):
+    folder, _ = run(moe=MoeConfig())
+    command(f"checkpoint={folder / 'checkpoint'}", "backend=reference")
+    assert (folder / "packed" / "checkpoint" / "packed.json").is_file()
+    assert not (folder / "checkpoint" / "packed").exists()
+
+
+@pytest.mark.parametrize("file", ["resume.ckpt", "metrics.json", "leak_report.json"])
+def test_the_folder_of_a_run_is_never_written_to(run, tmp_path, file):
+    folder, _ = run(moe=MoeConfig())
+    other = tmp_path / "unfinished"
+    other.mkdir()
+    (other / file).touch()
+    with pytest.raises(UserError, match=f"unfinished, the folder of a run .{file}.*another out"):
+        command(f"checkpoint={folder}", f"out={other}", "backend=reference")
+    assert tree(other) == [file]
 
 
 def test_packing_again_replaces_a_packed_checkpoint_and_nothing_else(run):

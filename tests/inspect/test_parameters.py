@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from tiny_onn.config.schema import DeepEmbedConfig, ModelConfig, MoeConfig, NsaConfig
 from tiny_onn.inspect.parameters import active_parameters, total_parameters
+from tiny_onn.model.convert import convert
 from tiny_onn.model.tiny_onn import build_model
 
 
@@ -41,3 +44,20 @@ def test_tables_in_files_count_as_those_in_memory():
     assert active_parameters(in_files, {1: 2.0}) == pytest.approx(
         active_parameters(dense, {1: 2.0})
     )
+
+
+@pytest.mark.parametrize("ffn", ["dense", "dynmoe"])
+@pytest.mark.parametrize("expert_weights", ["separate", "shared_k24"])
+def test_packed_weights_count_as_they_were_trained_without_what_chose_their_masks(
+    ffn, expert_weights
+):
+    moe = MoeConfig(experts=4, expert_width=8, every=2, expert_weights="separate")
+    if ffn == "dynmoe":
+        moe = replace(moe, expert_weights=expert_weights)
+    sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_width": 8}
+    model = build_model(ModelConfig(**sizes, ffn=ffn, weights="k24", ffn_width=24), 7, moe)
+    masks = sum(p.numel() for pattern, _ in model.masked_weights for p in pattern.parameters())
+    total_before, active_before = total_parameters(model), active_parameters(model, {1: 1.5})
+    convert(model, "reference")
+    assert total_parameters(model) == total_before - masks
+    assert active_parameters(model, {1: 1.5}) == pytest.approx(active_before)

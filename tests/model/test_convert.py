@@ -12,14 +12,15 @@ from tiny_onn.config.schema import Config, ModelConfig, MoeConfig
 from tiny_onn.config.schema_24 import K24Config
 from tiny_onn.errors import BackendUnavailable, UserError
 from tiny_onn.inspect.experts import expert_stats
+from tiny_onn.model import packed_weights as storage
 from tiny_onn.model.checkpoint import PACKED, WEIGHTS, load_model, save_checkpoint
 from tiny_onn.model.convert import convert, dense_state, packed_weights, unpack
-from tiny_onn.model.packed_weights import best_form
+from tiny_onn.model.packed_weights import NO_ROOM, best_form, settle_products
 from tiny_onn.model.tiny_onn import build_model
 from tiny_onn.sparse.k24_layer import PatternMask
 from tiny_onn.sparse.masked_linear import MaskedLinear
 from tiny_onn.sparse.packed import packed_bytes
-from tiny_onn.sparse.semi_structured import SPARSE_BACKENDS
+from tiny_onn.sparse.semi_structured import SPARSE_BACKENDS, Converted
 
 MODEL = ModelConfig(
     width=32, layers=2, heads=2, kv_heads=2, head_width=16, ffn_width=48, weights="k24"
@@ -155,12 +156,14 @@ def test_experts_that_share_a_weight_keep_it_once_where_that_is_no_larger():
 
 
 def test_without_cuda_auto_takes_the_reference_and_says_why():
-    report = convert(build("both"))
+    report = convert(build("both"), dtype=torch.bfloat16)
     assert {w.backend for w in report.packed} == {"reference"}
     for weight in report.packed:
         assert set(weight.refused) == set(SPARSE_BACKENDS)
         why = "stacks of dense matrices" if ".experts." in weight.name else "needs a CUDA device"
-        assert "float32" in weight.refused["cusparselt"] or why in weight.refused["cusparselt"]
+        assert why in weight.refused["cusparselt"]
+    for weight in convert(build(), dtype=torch.float16).packed:
+        assert weight.refused == dict.fromkeys(SPARSE_BACKENDS, NO_ROOM)
     assert all(w.refused == {} for w in convert(build(), "reference").packed)
 
 
@@ -205,6 +208,7 @@ BAD = {
         r"blocks.0.ffn.gate_up.weight: as float16 it holds 1 infinities.*float16 ends at 65504",
     ),
     "three": (_three, {}, "gate_up.weight: 96 groups break 2:4, the first in row 0, group 0"),
+    "three, shared": (_three, {}, r"experts.gate_up: 48 groups break .*row \(0, 0\), group 0"),
     "backend": (None, {"backend": "fast"}, "unknown sparse back-end 'fast'; expected one of auto"),
     "dtype": (None, {"dtype": torch.int8}, "got dtype torch.int8; expected one of float32"),
     "cutlass": (None, {"backend": "cutlass"}, "cutlass, which needs a CUDA device, on cpu"),
@@ -215,7 +219,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_packed_is_one_line_and_nothing_is_packed(name, monkeypatch):
     spoil, given, words = BAD[name]
-    model = build()
+    model = build("shared" if "shared" in name else "dense")
     if spoil is not None:
         spoil(model, monkeypatch)
     kinds = [type(m) for m in model.modules()]
@@ -236,6 +240,80 @@ def test_bfloat16_has_room_for_what_float16_has_not_and_rounds_kept_weights_only
     found = unpack(model)
     assert all(torch.equal(found[n], rounded[n]) for n in rounded)
     assert logits(model, batch).isfinite().all()  # products are float32 as before
+
+
+@pytest.mark.parametrize("kind", ["dense", "shared"])
+def test_what_no_mask_keeps_may_be_too_large_for_the_type(kind, batch):
+    """Of experts' own weights, and of one that they share."""
+    model = build(kind)
+    pattern, weight = model.masked_weights[0]
+    keep = pattern.likeliest(weight)
+    pattern.likeliest = lambda weight: keep
+    with torch.no_grad():
+        weight[~keep.any(dim=0)] = 1e5
+    before = masked(model)
+    convert(model, dtype=torch.float16)
+    found = unpack(model)
+    assert all(torch.equal(found[n], w.half()) for n, w in before.items())
+
+
+def test_a_sparse_product_is_computed_outside_autocast_and_never_of_what_is_wider(monkeypatch):
+    """By a stand-in for torch's sparse tensor, which autocast cannot cast."""
+    model = build()
+    convert(model, dtype=torch.bfloat16)
+    layer = model.blocks[0].ffn.down
+    double = 2 * layer.unpacked()
+    layer._product = Converted(double, "cutlass", {})
+    x = torch.randn(5, 48)
+    with torch.no_grad():
+        assert layer.backend == "auto" and torch.equal(layer(x), x @ layer.dense().T)
+        layer.backend = "cutlass"  # asked for: in the type it is stored in
+        want = torch.nn.functional.linear(x.bfloat16(), double)
+        assert torch.equal(layer(x), want.float())
+        products = []
+        linear = torch.nn.functional.linear
+        monkeypatch.setattr(
+            storage.F,
+            "linear",
+            lambda *a: products.append(torch.is_autocast_enabled("cpu")) or linear(*a),
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer.backend in ("cutlass", "auto"):
+                found = layer(x)
+                assert found.dtype == torch.bfloat16 and torch.equal(found, want)
+    assert products == [False, False]
+
+
+def test_a_back_end_that_was_asked_for_is_missed_loudly_where_the_network_is_loaded(
+    monkeypatch, caplog
+):
+    """As on a GPU whose CUTLASS takes none, or but one, of the weights."""
+    model = build()
+    convert(model, dtype=torch.bfloat16)
+    layers = [m for m in model.modules() if isinstance(m, storage.PackedLinear)]
+    monkeypatch.setattr(storage, "refuse_device", lambda *_: None)
+    monkeypatch.setattr(storage, "convert_weight", lambda w, backend: Converted(w, backend, {}))
+    fitting: set = set()
+    monkeypatch.setattr(
+        storage, "refusal", lambda w, _: None if tuple(w.shape) in fitting else "no sm_90"
+    )
+    for fitting_shape in (None, (32, 48)):
+        for layer in layers:
+            layer.backend = "cutlass"
+            layer._forget()
+        fitting.add(fitting_shape)
+        if fitting_shape is None:
+            with pytest.raises(
+                BackendUnavailable, match="backend=cutlass.*no sm_90.*=auto"
+            ) as told:
+                settle_products(model)
+            assert "\n" not in str(told.value)
+        else:
+            with caplog.at_level("INFO", "tiny_onn"):
+                settle_products(model)
+    assert "2 packed weights multiplied by cutlass" in caplog.text
+    assert "2 packed weights not by cutlass: no sm_90" in caplog.text
+    settle_products(build())  # nothing is packed
 
 
 def test_a_packed_network_is_neither_packed_again_nor_trained():
@@ -276,6 +354,7 @@ def _damage(change):
 
 
 META, VALUES = "blocks.0.ffn.down.meta", "blocks.0.ffn.down.values"
+BITS = "blocks.0.ffn.experts.down.bits"
 TORN = {
     "no json": (lambda f: (f / PACKED).write_text("{"), "packed.json' is torn"),
     "a list": (lambda f: (f / PACKED).write_text("[]"), "record of packed weights is torn"),
@@ -287,6 +366,7 @@ TORN = {
         VALUES,
     ),
     "codes": (_damage(lambda t: t[META].zero_()), "down.weight: packed meta holds codes other"),
+    "bits": (_damage(lambda t: t[BITS].fill_(255)), "experts.down: .* groups break 2:4"),
     "no meta": (_damage(lambda t: t.pop(META)), META),
     "record gone": (lambda f: (f / PACKED).unlink(), "of another model"),
 }
@@ -294,9 +374,10 @@ TORN = {
 
 @pytest.mark.parametrize("name", TORN)
 def test_a_torn_packed_checkpoint_is_one_line(name, tmp_path):
-    model = build()
+    kind = "shared" if name == "bits" else "dense"
+    model = build(kind)
     convert(model)
-    save(model, tmp_path / "x")
+    save(model, tmp_path / "x", kind)
     tear, words = TORN[name]
     tear(tmp_path / "x")
     with pytest.raises(UserError, match=words) as caught:
@@ -306,8 +387,9 @@ def test_a_torn_packed_checkpoint_is_one_line(name, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", SPARSE_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sparse_tensor_cores_predict_what_the_reference_does(backend, dtype, batch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sparse_tensor_cores_predict_what_the_reference_does(backend, autocast, batch):
+    dtype = torch.bfloat16
     model = build(width=128, ffn_width=64, heads=4, kv_heads=4, head_width=32).cuda()
     model.blocks[0].ffn.gate_up.weight.data *= 2
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -322,9 +404,23 @@ def test_sparse_tensor_cores_predict_what_the_reference_does(backend, dtype, bat
     convert(other, "reference", dtype)
     for name, weight in packed_weights(other).items():
         assert torch.equal(weight.unpacked(), packed_weights(model)[name].unpacked())
-    found, expected = logits(model, batch.to("cuda")), logits(other, batch.to("cuda"))
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        found, expected = logits(model, batch.to("cuda")), logits(other, batch.to("cuda"))
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", SPARSE_BACKENDS)
+def test_weights_in_float16_are_refused_by_sparse_tensor_cores_and_predict_under_autocast(
+    backend, batch
+):
+    model = build().cuda()
+    with pytest.raises(BackendUnavailable, match="convert with dtype=bf16"):
+        convert(model, backend, torch.float16)
+    convert(model, "auto", torch.float16)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert logits(model, batch.to("cuda")).isfinite().all()
 
 
 @pytest.mark.gpu

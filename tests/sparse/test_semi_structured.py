@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tiny_onn.errors import BackendUnavailable, UserError
+from tiny_onn.sparse import semi_structured
 from tiny_onn.sparse.mask import apply_mask, topk_mask
 from tiny_onn.sparse.mvue import METHODS, inclusion_probability, mvue
 from tiny_onn.sparse.packed import pack
@@ -110,14 +111,67 @@ def test_products_equal_the_masked_dense_ones(backend, dtype, tokens):
         torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=0.15)
 
 
+@pytest.mark.parametrize(
+    ("times", "chosen"),
+    [
+        ({64: (10, 9, 8), 4096: (100, 50, 60)}, "cutlass"),  # gains least at 64 rows: 1.11, 1.25
+        ({64: (10, 11, 90), 4096: (100, 50, 10)}, "reference"),  # they lose when decoding
+        ({64: (10, 9.8, 9), 4096: (100, 50, 99)}, "reference"),  # as large as noise
+        ({64: (10, 9, 20), 4096: (100, 90, 20)}, "cusparselt"),
+    ],
+)
+def test_auto_takes_sparse_where_it_won_at_few_and_at_many_rows_and_says_what_was_slower(
+    monkeypatch, times, chosen
+):
+    """times: of dense, cuSPARSELt and CUTLASS."""
+    names = ("reference", *SPARSE_BACKENDS)
+    clock = iter([time for rows in semi_structured.TIMED_TOKENS for time in times[rows]])
+    monkeypatch.setattr(semi_structured, "_sparse", lambda weight, backend: weight.clone())
+    monkeypatch.setattr(semi_structured, "_seconds", lambda run: run().numel() * 0 + next(clock))
+    refused = {"other": "why"}
+    found = semi_structured._fastest(
+        sparse(64, 64), list(SPARSE_BACKENDS), semi_structured.TIMED_TOKENS, refused
+    )
+    assert found.backend == chosen
+    assert set(found.refused) == {"other", *names[1:]} - {chosen}
+    for name in set(SPARSE_BACKENDS) - {chosen}:
+        gains = [times[rows][0] / times[rows][names.index(name)] for rows in (64, 4096)]
+        told = f"{gains[0]:.2f} and {gains[1]:.2f} times as fast as dense at 64 and 4096 rows"
+        assert found.refused[name] == f"{told}, {chosen} was taken"
+
+
+def test_a_probe_runs_outside_autocast_and_does_not_remember_that_memory_ran_out(monkeypatch):
+    errors = [torch.OutOfMemoryError("full"), RuntimeError("sm_90\nmore"), None]
+
+    def pack_or_fail(weight, backend):
+        assert not torch.is_autocast_enabled("cpu")
+        if (error := errors.pop(0)) is not None:
+            raise error
+        return weight
+
+    monkeypatch.setattr(semi_structured, "_sparse", pack_or_fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    probe = (torch.device("cpu"), "cutlass", torch.bfloat16)
+    semi_structured._fails_on.cache_clear()
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(torch.OutOfMemoryError):
+                semi_structured._fails_on(*probe)
+            for _ in range(2):
+                assert semi_structured._fails_on(*probe) == "torch cannot run it here: sm_90"
+        assert errors == [None]
+        semi_structured._fails_on.cache_clear()
+        assert semi_structured._fails_on(*probe) is None
+    finally:
+        semi_structured._fails_on.cache_clear()
+
+
 @pytest.mark.gpu
-def test_auto_takes_what_it_timed_fastest_and_says_what_was_slower():
+def test_auto_takes_one_and_says_what_was_slower():
     weight = sparse(128, 128, torch.bfloat16, "cuda")
-    converted = convert_weight(weight, tokens=16)
-    assert converted.backend not in converted.refused
-    assert {*converted.refused, converted.backend, "reference"} >= set(SPARSE_BACKENDS)
-    others = [name for name in SPARSE_BACKENDS if name != converted.backend]
-    assert all(converted.refused[name] for name in others)
+    converted = convert_weight(weight, tokens=(16,))
+    assert set(converted.refused) == set(SPARSE_BACKENDS) - {converted.backend}
+    assert all(converted.refused.values())
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from tiny_onn.config.schema_24 import ActSparse24Config
 from tiny_onn.model.checkpoint import load_model
 from tiny_onn.model.ffn import act24_layers
 from tiny_onn.model.tiny_onn import build_model
+from tiny_onn.sparse.activation import DropTally
 from tiny_onn.training.provenance import train_flops
 from tiny_onn.training.run import run_training
 from tiny_onn.training.totals import RunTotals
@@ -75,9 +76,20 @@ def test_stage_eavi_goes_on_sparse_where_pretraining_was(pretrained):
     assert steps == [11, 11]
 
 
-def test_its_checkpoint_predicts(tiny, predict_two):
-    config = tiny(model=MODEL, budget={"steps": 4})
+def test_its_checkpoint_predicts_and_only_steps_that_are_logged_are_counted(
+    tiny, predict_two, monkeypatch
+):
+    counted, add = [], DropTally.add_tokens
+
+    def counting(tally, before, after):
+        counted.append(after is not None)
+        add(tally, before, after)
+
+    monkeypatch.setattr(DropTally, "add_tokens", counting)
+    config = tiny(model=MODEL, budget={"steps": 4}, trainer={"log_every_steps": 2})
     assert run_training(config) == 0
+    assert counted == [False, False, True, True]  # two layers, in steps 2 and 4 of 4
+    assert all(0 < share < 0.5 for share in column(config, "act24/dropped_1"))
     assert predict_two(Path(config.out), "precision=fp32")["num_tasks"] == 2
 
 
