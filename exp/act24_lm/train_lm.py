@@ -19,8 +19,8 @@ from torch import Tensor
 from tiny_onn.model.ffn import act24_layers, count_optimizer_steps
 from tiny_onn.sparse.activation import ActSparse24
 
-CONTEXT, WINDOWS = 128, 4
-PEAK_LR, LR_WARMUP_STEPS = 5e-3, 20
+CONTEXT, WINDOWS = 128, 8
+PEAK_LR, LR_WARMUP_STEPS = 2e-3, 20
 LOG_EVERY = 20
 
 FIDELITY = {

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -275,6 +276,13 @@ def test_the_dot_is_indifferent_among_other_patterns_where_the_overlap_is_not():
 def test_more_than_six_agents_cannot_all_differ(agents, least):
     spread = [agent % 6 for agent in range(agents)]
     assert float(pair_overlap(one_hot(spread), "dot")) == pytest.approx(least)
+    # No assignment has less: how many agents draw each pattern is all that matters.
+    pairs = agents * (agents - 1) / 2
+    together = [
+        sum(n * (n - 1) / 2 for n in Counter(drawn).values())
+        for drawn in itertools.combinations_with_replacement(range(6), agents)
+    ]
+    assert min(together) / pairs == pytest.approx(least)
 
 
 def test_agents_that_start_equal_stay_equal_and_those_that_start_apart_separate():

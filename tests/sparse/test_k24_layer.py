@@ -224,14 +224,12 @@ def test_the_schedules_ends_middle_and_continuity():
     assert taus == sorted(taus, reverse=True)
 
 
-def test_the_state_is_a_function_of_the_step_alone():
-    first, second = ScheduleState(), ScheduleState()
-    for step in range(7):
-        first.set_step(step, 10)
-    second.set_step(6, 10)
-    assert (first.kappa, first.tau) == (second.kappa, second.tau)
-    first.set_step(25, 10)
-    assert (first.kappa, first.tau) == (16.0, 0.1)
+def test_the_state_follows_the_step_and_stays_at_its_end():
+    state = ScheduleState()
+    state.set_step(6, 10)
+    assert (state.kappa, state.tau) == pytest.approx((16**0.6, 0.1**0.2))
+    state.set_step(25, 10)
+    assert (state.kappa, state.tau) == (16.0, 0.1)
 
 
 @pytest.mark.parametrize(

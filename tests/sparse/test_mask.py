@@ -126,8 +126,8 @@ def test_a_mask_of_fewer_dimensions_is_broadcast_and_keeps_the_type():
     ("mask", "words"),
     [
         (torch.ones(2, 4), "bool"),
-        (torch.ones(3, 4, dtype=torch.bool), "does not fit"),
-        (torch.ones(1, 2, 4, dtype=torch.bool), "does not fit"),
+        (torch.ones(3, 4, dtype=torch.bool), "a shape that broadcasts"),
+        (torch.ones(1, 2, 4, dtype=torch.bool), "a shape that broadcasts"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask, words):

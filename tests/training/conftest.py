@@ -184,6 +184,8 @@ def pretrained(tiny, tmp_path, pretrained_runs):
             eavi=EaviConfig(**({"share_start": 1.0, "share_end": 1.0} | (eavi or {}))),
             out=str(tmp_path / "eavi"),
         )
-        return runs[name], second
+        # As configs/stage/eavi.yaml has them: masks go on where they settled.
+        settled = replace(second.k24, kappa_start=16.0, tau_start=0.1, tau_middle=0.1)
+        return runs[name], replace(second, k24=settled)
 
     return make

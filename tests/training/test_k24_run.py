@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_onn.config.schema_24 import K24Config
+from tiny_onn.errors import UserError
 from tiny_onn.model.checkpoint import load_model
 from tiny_onn.sparse.k24_diversity import mask_overlap
 from tiny_onn.sparse.k24_schedule import K24Schedule
@@ -118,9 +119,16 @@ def test_stage_eavi_goes_on_with_a_masked_model_and_predicts(pretrained, predict
 
 def test_another_stage_may_change_what_masks_learn_by_but_not_what_they_are(pretrained):
     _, second = pretrained(**DENSE)
-    assert (
-        run_training(replace(second, k24=K24Config(kappa_start=16.0, weight_grad="straight"))) == 0
-    )
+    settled = replace(second.k24, weight_grad="straight")
+    for k24, why in (
+        (replace(settled, logits="free"), "k24.logits=additive"),
+        (replace(settled, act_stat="l2"), "k24.act_stat=l1"),
+        (replace(settled, alpha_rank=2), "k24.alpha_rank=0"),
+        (replace(settled, kappa_start=8.0), r"masks settled at k24.kappa_end=16.0"),
+    ):
+        with pytest.raises(UserError, match=why):
+            run_training(replace(second, k24=k24))
+    assert run_training(replace(second, k24=settled)) == 0
 
 
 def test_predictions_that_move_by_less_than_the_threshold_reset_nothing(tiny, tmp_path):
@@ -167,4 +175,6 @@ def test_two_processes_draw_the_same_masks_and_statistics(tiny, start, tmp_path)
         states = [load_file(Path(c.out) / "checkpoint" / "weights.safetensors") for c in (one, two)]
         for name in states[0]:
             if "activity" in name:
-                assert torch.allclose(states[0][name], states[1][name], rtol=0.05, atol=1e-4), name
+                # In front of down it is of a sample of each process's rows.
+                rtol = 0.3 if ".down_pattern." in name else 0.02
+                assert torch.allclose(states[0][name], states[1][name], rtol, 1e-4), name

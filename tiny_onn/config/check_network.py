@@ -210,7 +210,7 @@ def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
     _refuse_two_sparse_operands(model)
     widths = {"model.width": model.width}
     if not experts or moe.every > 1:
-        widths["model.ffn_width"] = model.ffn_width
+        widths["model.ffn_width"] = hidden_width(model)
     if experts:
         widths["moe.expert_width"] = moe.expert_width
     _check_fours(widths, model)
@@ -224,6 +224,17 @@ def check_k24(k24: K24Config, model: ModelConfig, moe: MoeConfig) -> None:
         raise UserError(
             f"got k24.alpha_rank={k24.alpha_rank}; expected at most {smallest}, the least width of "
             "a matrix; lower it, or give 0 for all of alpha"
+        )
+    if k24.alpha_rank and k24.alpha_init_std == 0:
+        raise UserError(
+            f"got k24.alpha_init_std=0 with k24.alpha_rank={k24.alpha_rank}; expected above 0, for "
+            "two factors of zeros have no gradient; leave it out"
+        )
+    if k24.logits == "free" and (k24.alpha_rank or k24.weight_grad == "score"):
+        given = f"alpha_rank={k24.alpha_rank}" if k24.alpha_rank else "weight_grad=score"
+        raise UserError(
+            f"got k24.{given} with k24.logits=free, which has neither alphas nor a score; expected "
+            "additive logits; leave it out, or give k24.logits=additive"
         )
     if k24.revive_window and (k24.alpha_rank or k24.logits == "free"):
         given = "k24.logits=free" if k24.logits == "free" else f"k24.alpha_rank={k24.alpha_rank}"
@@ -249,7 +260,7 @@ def _check_fixed24(model: ModelConfig) -> None:
             f"got model.weights={model.weights} with model.ffn=dynmoe; expected an FFN without "
             "experts, which only learnt masks fit; give model.weights=k24, or model.ffn=dense"
         )
-    _check_fours({"model.width": model.width, "model.ffn_width": model.ffn_width}, model)
+    _check_fours({"model.width": model.width, "model.ffn_width": hidden_width(model)}, model)
 
 
 def _refuse_two_sparse_operands(model: ModelConfig) -> None:

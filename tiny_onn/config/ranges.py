@@ -64,7 +64,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "k24.alpha_rank": _AT_LEAST_0,
     "k24.div_coef": _AT_LEAST_0,
     "k24.reset_interval": _AT_LEAST_0,
-    "k24.reset_ratio": _SHARE,
+    "k24.reset_ratio": (math.ulp(0.0), 1.0, "above 0 and at most 1"),
     "k24.reset_kl": _AT_LEAST_0,
     "k24.revive_window": _AT_LEAST_0,
     "k24.revive_share": _SHARE,

@@ -39,7 +39,10 @@ class ActSparse24Config:
 
 @dataclass(frozen=True)
 class K24Config:
-    """K-2:4, masks learnt by pattern Gumbel-Softmax: read where model.weights=k24."""
+    """K-2:4, masks learnt by pattern Gumbel-Softmax: read where model.weights=k24.
+
+    weight_grad says where gradients go. Muon's orthogonal updates also move weights that have none.
+    """
 
     logits: Literal["additive", "free"] = key(
         "additive", "of the six patterns: kappa x what a pattern keeps of the score, or six numbers"
@@ -51,7 +54,7 @@ class K24Config:
     tau_end: float = key(0.1, "temperature at the end")
     phase_split: float = key(0.5, "share of the schedule at which tau's second phase begins")
     schedule_steps: int = key(
-        0, "optimizer steps over which kappa and tau move (0: the whole budget)"
+        0, "optimizer steps over which kappa and tau move (0: the whole budget, or its minutes)"
     )
     momentum: float = key(0.99, "of the average input size, an optimizer step")
     act_stat: Literal["l1", "l2"] = key("l1", "input size: mean |x|, or root mean square (Wanda)")
@@ -66,13 +69,14 @@ class K24Config:
     div_kernel: Literal["dot", "overlap"] = key(
         "dot", "experts that share a weight draw other patterns, or keep other entries (overlap)"
     )
-    div_coef: float = key(0.1, "weight of that diversity loss (0: off)")
+    div_coef: float = key(0.1, "weight of that diversity loss, of shared experts only (0: off)")
     reset_interval: int = key(
         0, "optimizer steps between soft resets of the average input size (0: none)"
     )
     reset_ratio: float = key(0.9, "share by which a soft reset moves it to the batch's")
     reset_kl: float = key(
-        0.0, "a reset waits for a step that moves predictions by this KL in nats (0: it does not)"
+        0.0,
+        "a reset needs a step, of those at its interval, that moves predictions by this KL in nats",
     )
     revive_window: int = key(
         0, "optimizer steps after which weights no agent has selected are revived (0: never)"

@@ -42,7 +42,7 @@ class Block(nn.Module):
 
     They are the parts that ``compile_parts`` hands to torch.compile (dynamic in N), because
     attention over ragged documents would be recompiled for every batch. Experts run on ragged
-    rows too, 2:4 masks are drawn from generators that torch.compile does not know, and 2:4
+    rows too, 2:4 masks are drawn once a step and watched on the host, and 2:4
     activations have a backward of their own that counts what it drops: a block with one of these
     compiles ``settle``, what of ``leave`` comes before its FFN.
 

@@ -17,8 +17,9 @@ from tiny_onn.ops import run_experts
 from tiny_onn.sparse.k24_layer import PatternMask
 
 SAMPLES = 256
-"""Tokens, evenly spaced, from which the activity in front of ``down`` is measured: the kernels keep
-hidden layers to themselves, and all tokens would cost a third forward product."""
+"""Tokens, evenly spaced, from which a forward measures the activity in front of ``down``: kernels
+keep hidden layers to themselves, and all tokens would cost a third forward product. So this
+average, unlike others, depends on the number of forwards and processes that share a step."""
 
 
 class Experts(nn.Module):

@@ -49,7 +49,8 @@ class K24Parts:
         std = self._std
         if std is None:
             std = SHARED_STD if shared else ALONE_STD
-        settings = replace(self.settings, alpha_init_std=std)
+        kernel = self.settings.kernel if shared else None  # others need no other masks to differ
+        settings = replace(self.settings, alpha_init_std=std, kernel=kernel)
         return PatternMask(settings, self.state, agents, rows, columns, self._made - 1)
 
     def linear(self, columns: int, rows: int) -> K24Linear:

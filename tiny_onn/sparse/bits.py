@@ -19,7 +19,9 @@ def pack_bits(mask: Tensor) -> Tensor:
         UserError: not bool, or without dimensions.
     """
     if mask.dtype != torch.bool or mask.dim() == 0:
-        raise UserError(f"bits are packed from a bool mask, got {mask.dtype} {tuple(mask.shape)}")
+        raise UserError(
+            f"got {mask.dtype} {tuple(mask.shape)}; expected a bool mask to pack; compare it with 0"
+        )
     padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (padded.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
@@ -33,8 +35,8 @@ def unpack_bits(bits: Tensor, entries: int) -> Tensor:
     """
     if bits.dtype != torch.uint8 or bits.dim() == 0 or bits.shape[-1] != -(-entries // 8):
         raise UserError(
-            f"{entries} bits take {-(-entries // 8)} bytes of uint8, got {bits.dtype} "
-            f"{tuple(bits.shape)}"
+            f"got {bits.dtype} {tuple(bits.shape)}; expected {-(-entries // 8)} bytes of uint8 a "
+            f"row for {entries} bits; pack the mask again"
         )
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :entries].bool()

@@ -5,7 +5,8 @@
     activity = total / weight, for l2 its square root         (bias-corrected as in Adam)
 
 Rows are collected in as many forwards as an optimizer step has and count once at its end, so that
-the average does not depend on how a batch is cut up. An agent that no row reached stays as it is.
+the average does not depend on how a batch is cut up (but where only some rows are looked at: see
+tiny_onn/model/experts.py). An agent that no row reached stays as it is.
 With l2 it is Wanda's norm (arXiv 2306.11695) but for a factor that masks do not depend on.
 
 Shapes: N rows, A agents, I columns.
@@ -84,7 +85,7 @@ class Activity(nn.Module):
             total_AI = torch.lerp(batch_AI, self.total_AI, self.momentum)
             weight_A = self.momentum * self.weight_A + (1 - self.momentum)
         else:
-            ratio_A1 = torch.where(self.weight_A > 0, reset_ratio, 1.0).unsqueeze(1)
+            ratio_A1 = torch.where(self.weight_A > 0, reset_ratio, 1.0).unsqueeze(1).to(batch_AI)
             total_AI = torch.lerp(self._mean(), batch_AI, ratio_A1)
             weight_A = torch.ones_like(self.weight_A)
         self.total_AI.copy_(torch.where(seen_A.unsqueeze(1), total_AI, self.total_AI))
@@ -95,6 +96,8 @@ class Activity(nn.Module):
         """These agents are begun anew, as if they had met no row."""
         self.total_AI[agents] = 0
         self.weight_A[agents] = 0
+        if self._pending is not None:
+            self._pending[agents] = 0
 
     def _mean(self) -> Tensor:
         tiny = torch.finfo(self.weight_A.dtype).tiny

@@ -234,7 +234,9 @@ class K24Linear(nn.Linear):
         runs_NA = None
         if agents > 1:
             if agent_N is None:
-                raise ValueError(f"got no agent_N with {agents} agents; expected each row's agent")
+                raise ValueError(
+                    f"got no agent_N with {agents} agents; expected each row's agent; give agent_N"
+                )
             runs_NA = F.one_hot(agent_N, agents).bool()
         if self.training and torch.is_grad_enabled():
             self.pattern.activity.observe(x_NI.detach(), runs_NA, self.pattern.state.num_rows)

@@ -3,8 +3,9 @@
     kappa: geometric from kappa[0] to kappa[1] over the whole schedule
     tau: geometric from tau[0] to tau[1] up to phase_split, from tau[1] to tau[2] after it
 
-Both are functions of the progress alone, a share of the optimizer steps, so there is nothing to
-save: a resumed run is where it was.
+Both are functions of the progress alone, so there is nothing to save: a resumed run is where it
+was. Progress is the share of the optimizer steps (``k24.schedule_steps``, or ``budget.steps``);
+under ``budget.minutes`` without ``schedule_steps`` it is that of the minutes spent, which is saved.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ class K24Schedule:
 
     def __post_init__(self) -> None:
         if min(*self.kappa, *self.tau) <= 0:
-            raise ValueError(f"got kappa={self.kappa}, tau={self.tau}; expected numbers above 0")
+            raise ValueError(
+                f"got kappa={self.kappa}, tau={self.tau}; expected numbers above 0; see "
+                "k24.kappa_start and k24.tau_start"
+            )
         if not 0 < self.phase_split < 1:
-            raise ValueError(f"got phase_split={self.phase_split}; expected between 0 and 1")
+            raise ValueError(
+                f"got phase_split={self.phase_split}; expected between 0 and 1; see k24.phase_split"
+            )
 
     def kappa_at(self, progress: float) -> float:
         """At a share of the run, from 0 to 1."""

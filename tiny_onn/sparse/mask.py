@@ -23,7 +23,7 @@ def magnitude(x: Tensor) -> Tensor:
         UserError: bool or complex.
     """
     if x.dtype == torch.bool or x.is_complex():
-        raise UserError(f"a mask by magnitude takes real numbers, got {x.dtype}")
+        raise UserError(f"got {x.dtype}; expected real numbers to rank by magnitude; convert them")
     if not x.is_floating_point():
         return x.long().abs()
     return x.float().abs() if x.element_size() == 1 else x.abs()
@@ -85,5 +85,8 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
         raise UserError(f"a mask is bool, got {mask.dtype}; compare it with zero")
     aligned = zip(reversed(mask.shape), reversed(x.shape), strict=False)
     if mask.dim() > x.dim() or any(a not in (1, b) for a, b in aligned):
-        raise UserError(f"mask of {tuple(mask.shape)} does not fit a tensor of {tuple(x.shape)}")
+        raise UserError(
+            f"got a mask of {tuple(mask.shape)} for a tensor of {tuple(x.shape)}; expected a shape "
+            "that broadcasts to it; make them of one size"
+        )
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))

@@ -52,6 +52,7 @@ class MaskedLinear(nn.Linear):
     def _current(self) -> Tensor:
         """The sparse weight; kept until weights or mode change where nothing is learnt."""
         if self.training or torch.is_grad_enabled():
+            self._cached = None  # excursions leave the mode by themselves
             return self.sparse_weight()
         tensors = (self.weight, *self.buffers())
         about = tuple((id(t), t._version, t.device, t.dtype) for t in tensors)
@@ -90,7 +91,8 @@ class SoftThresholdLinear(MaskedLinear):
 
 class RandomMaskLinear(MaskedLinear):
     """A control: one of the six patterns a group, drawn once with equal chances and kept (the
-    buffer ``kept``). Weights that it leaves out get no gradient."""
+    buffer ``kept``). Weights that it leaves out get no gradient; Muon's orthogonal updates move
+    them all the same, which nothing reads."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)

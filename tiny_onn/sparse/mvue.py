@@ -43,7 +43,7 @@ def _amounts(x: Tensor, pattern: NMPattern, check: bool) -> Tensor:
     """(m, ..., G) |x| in float32 or float64, scaled so that no sum of a group overflows."""
     pattern.check(x)
     if not x.is_floating_point():
-        raise UserError(f"an unbiased estimate takes floating-point numbers, got {x.dtype}")
+        raise UserError(f"got {x.dtype} to estimate; expected floating-point numbers; convert them")
     if check:
         refuse_nonfinite(x, pattern, "the tensor to estimate")
     size = magnitude(x)

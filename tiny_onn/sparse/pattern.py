@@ -35,7 +35,9 @@ class NMPattern:
     def __post_init__(self) -> None:
         numbers = (self.n, self.m, self.dim)
         if not all(isinstance(number, int) and not isinstance(number, bool) for number in numbers):
-            raise UserError(f"a pattern takes whole numbers, got n, m, dim = {numbers}")
+            raise UserError(
+                f"got n, m, dim = {numbers}; expected whole numbers; use NMPattern(2, 4)"
+            )
         if not 1 <= self.n < self.m:
             raise UserError(
                 f"pattern {self.n}:{self.m} is none: n must be at least 1 and below m; "
@@ -53,7 +55,10 @@ class NMPattern:
         """
         shape = tuple(x.shape)
         if not -x.dim() <= self.dim < x.dim():
-            raise UserError(f"pattern {self} along dimension {self.dim}, got a tensor of {shape}")
+            raise UserError(
+                f"got a tensor of {shape} for pattern {self} along dimension {self.dim}; expected "
+                "one that has it; choose another dim"
+            )
         size = shape[self.dim]
         if size % self.m:
             below = size // self.m * self.m

@@ -35,7 +35,9 @@ def soft_threshold(x: Tensor, pattern: NMPattern = TWO_FOUR, check: bool = True)
     """
     pattern.check(x)
     if not x.is_floating_point() or x.element_size() == 1:
-        raise UserError(f"a soft threshold takes float16, bfloat16 or wider, got {x.dtype}")
+        raise UserError(
+            f"got {x.dtype} to threshold; expected float16, bfloat16 or wider; convert the tensor"
+        )
     if check:
         refuse_nonfinite(x, pattern, "the tensor to threshold")
     groups = pattern.group(x)

@@ -54,7 +54,10 @@ def transposable_mask(weight: Tensor, check: bool = True) -> Tensor:
         UserError: fewer than two dimensions, a size that 4 does not divide, NaN, infinities.
     """
     if weight.dim() < 2:
-        raise UserError(f"a transposable mask takes a matrix, got shape {tuple(weight.shape)}")
+        raise UserError(
+            f"got shape {tuple(weight.shape)}; expected a matrix, or a stack of them; give two "
+            "dimensions or more"
+        )
     along_rows, along_columns = NMPattern(2, TILE, -1), NMPattern(2, TILE, -2)
     along_rows.check(weight)
     along_columns.check(weight)

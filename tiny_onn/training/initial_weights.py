@@ -66,6 +66,7 @@ def begin_with(model: TinyONN, config: Config, task_ids: Sequence[str]) -> dict[
             "trained with model.deep_embed.store=dense"
         )
     _require_same_network(config, loaded.config)
+    _require_settled_masks(config, loaded.config)
     _require_same_data(config, loaded.config)
     known = {task_id: row for row, task_id in enumerate(loaded.task_ids)}
     rows = [known.get(task_id, -1) for task_id in task_ids]
@@ -128,6 +129,17 @@ def _rows_by_task(own: Tensor, theirs: Tensor, rows: Sequence[int]) -> Tensor:
     table = own.clone()
     table[: len(rows)][row_T >= 0] = theirs[row_T[row_T >= 0]]
     return table
+
+
+def _require_settled_masks(config: Config, theirs: Config) -> None:
+    """Raises UserError where stage eavi would draw masks more wildly than they ended."""
+    ended = theirs.k24.kappa_end
+    if config.stage == "eavi" and config.model.weights == "k24" and config.k24.kappa_start < ended:
+        raise UserError(
+            f"got k24.kappa_start={config.k24.kappa_start} with init_from={config.init_from}, "
+            f"whose masks settled at k24.kappa_end={ended}; expected at least that, or they are "
+            f"drawn wildly again; give k24.kappa_start={ended} k24.kappa_end={ended}"
+        )
 
 
 def _require_same_network(config: Config, theirs: Config) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tiny_onn.arc.tokens import IGNORE
 from tiny_onn.config.schema_24 import K24Config
-from tiny_onn.inference.excursion import excursion
+from tiny_onn.inference.excursion import Precision, autocast, excursion
 from tiny_onn.model.tiny_onn import TinyONN
 from tiny_onn.sparse.k24_layer import PatternMask
 from tiny_onn.sparse.k24_schedule import ScheduleState
@@ -49,6 +49,7 @@ class K24Control(L.Callback):
         log_every_steps: how often :meth:`metrics` is asked.
         ema: the weights' moving average, if there is one by then.
         share: how much of the budget is spent, the same number in all processes.
+        precision: the run's, in which predictions are compared.
         restored: what :meth:`snapshot` returned, to go on from.
     """
 
@@ -60,10 +61,12 @@ class K24Control(L.Callback):
         *,
         ema: Callable[[], WeightEma | None] = lambda: None,
         share: Callable[[], float] = lambda: 0.0,
+        precision: Precision = "fp32",
         restored: dict[str, Any] | None = None,
     ) -> None:
         self.config, self.seed, self._log_every_steps = config, seed, log_every_steps
         self._ema, self._share, self._restored = ema, share, restored
+        self._precision: Precision = precision
         self._masks: list[tuple[PatternMask, nn.Parameter]] = []
         self._before: Tensor | None = None
         self.resets = self.revived = 0
@@ -78,14 +81,14 @@ class K24Control(L.Callback):
     ) -> None:
         self.begin_step(batch.step)
         if self.config.reset_kl and self._may_reset(batch.step):
-            self._before = predictions(module.model, batch)
+            self._before = predictions(module.model, batch, self._precision)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: Pretrain, outputs: Any, batch: TrainBatch, index: int
     ) -> None:
         moved = None
         if self._before is not None:
-            moved = prediction_kl(self._before, predictions(module.model, batch))
+            moved = prediction_kl(self._before, predictions(module.model, batch, self._precision))
             self._before = None
         self.end_step(trainer.optimizers[0], batch.step, moved)
 
@@ -178,11 +181,11 @@ class K24Control(L.Callback):
             )
 
 
-def predictions(model: TinyONN, batch: TrainBatch) -> Tensor:
+def predictions(model: TinyONN, batch: TrainBatch, precision: Precision = "fp32") -> Tensor:
     """float32 (M, V): log-probabilities at the batch's targets, in evaluation mode, no trace."""
-    with excursion(model):
+    with excursion(model) as device, autocast(device, precision):
         logits_MV = model(batch.batch, batch.rows_M, batch.num_targets).logits_MV
-        return logits_MV[batch.targets_M != IGNORE].log_softmax(dim=-1)
+        return logits_MV[batch.targets_M != IGNORE].float().log_softmax(dim=-1)
 
 
 def prediction_kl(before_MV: Tensor, after_MV: Tensor) -> float:

@@ -325,6 +325,7 @@ class _Run:
             config.trainer.log_every_steps,
             ema=lambda: loop().ema,
             share=lambda: loop().share,
+            precision=config.trainer.precision,
             restored=restored.state["k24"] if restored else None,
         )
 
