@@ -10,6 +10,7 @@ from tiny_onn.config.load import load_convert_config
 from tiny_onn.config.schema import Config, ModelConfig, MoeConfig, PredictConfig, SubmitConfig
 from tiny_onn.convert.run import file_bytes, run_convert
 from tiny_onn.errors import UserError
+from tiny_onn.inference import run as inference
 from tiny_onn.inference.run import run_submit
 from tiny_onn.model.checkpoint import load_model, save_checkpoint
 from tiny_onn.model.tiny_onn import build_model
@@ -44,8 +45,10 @@ def tree(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_packed_run_is_submitted_as_the_trained_one(run, tmp_path):
+def test_a_packed_run_is_submitted_as_the_trained_one(run, tmp_path, monkeypatch):
     folder, _ = run(ffn="dynmoe")
+    settled = []
+    monkeypatch.setattr(inference, "settle_products", settled.append)
     assert command(f"checkpoint={folder}") == 0
     pair = {"input": [[1, 2], [3, 4]], "output": [[3, 4], [1, 2]]}
     challenge = {"t": {"train": [pair, pair], "test": [{"input": [[5, 6], [7, 8]]}]}}
@@ -65,6 +68,7 @@ def test_a_packed_run_is_submitted_as_the_trained_one(run, tmp_path):
         record = json.loads((out / "predictions.json").read_text())["tasks"]
         found.append(((out / "submission.json").read_text(), record))
     assert found[0] == found[1]
+    assert [model.packed is None for model in settled] == [True, False]
 
 
 def test_the_table_tells_bytes_before_and_after_by_weight_and_the_files(run, capsys):

@@ -308,7 +308,9 @@ class ConvertConfig:
         "auto", "what multiplies packed weights; auto: the fastest on this machine's device"
     )
     dtype: Literal["keep", "bf16", "fp16"] = key(
-        "keep", "type of the packed values; keep: the checkpoint's, which predicts the same bits"
+        "keep",
+        "of the packed values; keep: the checkpoint's, which predicts the same bits; fp16: not for "
+        "sparse tensor cores",
     )
     unpack: bool = key(False, "the way back: a packed checkpoint as a dense one, masks applied")
 
