@@ -62,7 +62,7 @@ def by_both(batch, config, moe=MOE, precision="fp32", **k24):
     [
         (K24, MOE, {}),
         (K24, MOE, {"weight_grad": "straight", "alpha_rank": 2}),
-        (K24, MOE, {"weight_grad": "score", "logits": "free"}),
+        (K24, MOE, {"weight_grad": "straight", "logits": "free"}),
         (replace(K24, ffn="relu2"), MOE, {"weight_grad": "score"}),
         (EXPERTS, MOE, {"logits": "free"}),
         (EXPERTS, SHARED, {"div_kernel": "overlap"}),
