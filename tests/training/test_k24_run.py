@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tiny_onn.config.schema import K24Config
@@ -167,4 +166,5 @@ def test_two_processes_draw_the_same_masks_and_statistics(tiny, start, tmp_path)
         states = [load_file(Path(c.out) / "checkpoint" / "weights.safetensors") for c in (one, two)]
         for name in states[0]:
             if "activity" in name:
-                assert torch.allclose(states[0][name], states[1][name], rtol=0.05, atol=1e-4), name
+                a, b = (state[name] for state in states)
+                assert (a - b).norm() <= 0.03 * a.norm(), name
