@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Triton's interpreter computes again and again what does not change: half of its time.
+    """Triton's interpreter computes again and again what does not change: up to half of its time.
 
     - It goes through all of triton.language for every call of a function inside a kernel, though
       the kernel's launch has done so. Here once a launch.

@@ -195,7 +195,7 @@ def own_environment():
 
 @pytest.fixture(scope="session")
 def fork(own_environment):
-    """Forks a server that has imported training once: five seconds less for every process."""
+    """Forks a server that has imported training once: four CPU seconds less a process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_onn.training.run"])
     with pytest.MonkeyPatch.context() as patch:
