@@ -1,5 +1,6 @@
 """Every test: OpenMP threads sleep while they wait; GPU tests are skipped where there is none."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -29,18 +30,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_prepares_once():
-    """Triton's interpreter goes through all of triton.language for every call of a function inside
-    a kernel, though the kernel's launch has done so: a third of its time. Here once a launch."""
+def quick_interpreter():
+    """Triton's interpreter computes again and again what does not change: up to half of its time.
+
+    - It goes through all of triton.language for every call of a function inside a kernel, though
+      the kernel's launch has done so. Here once a launch.
+    - It makes the type of every tensor anew. Here once a launch for every element and shape.
+    - It looks up NumPy's type in a table that it builds for every look-up. Here in one.
+    - It compares shapes by tuples of constexprs with types. Here equal ones by their numbers.
+    - It computes whether integers overflow, for assertions that only debug=True keeps.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
+    from triton.language import core, semantic
     from triton.runtime import interpreter
 
     if not hasattr(interpreter, "_LangPatchScope"):  # another version's, at its own speed
         yield
         return
-    launch, prepare, done = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+    launch, prepare = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    begin_type, begin_tensor = core.block_type.__init__, core.tensor.__init__
+    broadcast, look_up = semantic.TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype
+    done, made, scalars, found = set(), {}, {}, {}
 
     def prepare_once(function):
         kind = frozenset(
@@ -54,15 +66,52 @@ def interpreter_prepares_once():
         return prepare(function)
 
     def launch_anew(self, *args, **kwargs):
-        done.clear()
+        for known in (done, made, scalars):
+            known.clear()
         try:
             return launch(self, *args, **kwargs)
         finally:
             done.clear()
 
+    def begin_type_once(self, element, shape):
+        key = (id(element), *(getattr(size, "value", size) for size in shape))
+        if key not in made:  # which keeps the element, and so its id
+            begin_type(self, element, shape)
+            made[key] = vars(self) | {"of_its_tensors": {}}
+        vars(self).update(made[key])
+
+    def begin_tensor_once(self, handle, type):
+        known = vars(type).get("of_its_tensors")
+        if known is None:
+            known = scalars.setdefault(id(type), (type, {}))[1]
+        if not known:
+            begin_tensor(self, handle, type)
+            known.update({k: v for k, v in vars(self).items() if k not in ("handle", "type")})
+        vars(self).update(known, handle=handle, type=type)
+
+    def broadcast_others(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if a.is_block() and b.is_block() and a.shape.values == b.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def look_up_once(type):
+        name = type.scalar.name
+        if name not in found:
+            found[name] = look_up(type)
+        return found[name]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", prepare_once)
         patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        patch.setattr(core.block_type, "__init__", begin_type_once)
+        patch.setattr(core.tensor, "__init__", begin_tensor_once)
+        patch.setattr(semantic.TritonSemantic, "broadcast_impl_value", broadcast_others)
+        patch.setattr(interpreter, "_get_np_dtype", look_up_once)
+        builder = interpreter.interpreter_builder
+        if not builder.options.debug:
+            options = dataclasses.replace(builder.options, sanitize_overflow=False)
+            patch.setattr(builder, "options", options)
         yield
 
 

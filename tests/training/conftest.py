@@ -1,11 +1,15 @@
 """A corpus of eight small tasks in ARC's format and runs on it that take seconds."""
 
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -120,34 +124,137 @@ from tiny_onn.training.run import run_training
 run_cli(lambda: run_training(config_from_dict(json.loads(sys.argv[1]))))
 """
 
+# Run in a forked process; given: source, environment, words, folder, output.
+IN_A_FORK = """
+import atexit, os, sys
+
+out = os.open(output, os.O_WRONLY | os.O_APPEND)
+os.dup2(out, 1)
+os.dup2(out, 2)
+os.environ.clear()
+os.environ.update(environment)
+os.chdir(folder)
+sys.argv = words
+try:
+    exec(source, {"__name__": "__main__"})
+finally:
+    atexit._run_exitfuncs()
+"""
+
+
+class Forks:
+    """The processes of a run as one Popen: those of its methods that tests use."""
+
+    def __init__(self, processes: list, output: Path):
+        self.processes, self.output = processes, output
+
+    def poll(self) -> int | None:
+        codes = [process.exitcode for process in self.processes]
+        failed = [code for code in codes if code]
+        return failed[0] if failed else None if None in codes else 0
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float = 300) -> None:
+        """Until all have ended; where one failed, the others are killed."""
+        end = time.monotonic() + timeout
+        while None in [process.exitcode for process in self.processes]:
+            if self.poll() is not None:
+                end = min(end, time.monotonic() + 20)  # as long as others may take to end too
+            self.processes[0].join(0.01)
+            self.processes[-1].join(0.01)
+            if time.monotonic() > end:
+                self.kill()
+
+    def communicate(self, timeout: float = 300) -> tuple[str, None]:
+        self.wait(timeout)
+        return self.output.read_text(), None
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.processes[0].pid, number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def own_environment():
+    """() -> the environment of a process of its own: this one's, and one thread."""
+
+    def make():
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fork(own_environment):
+    """Forks a server that has imported training once: four CPU seconds less a process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_onn.training.run"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own_environment().items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+
+    def launch(**given):
+        process = context.Process(target=exec, args=(IN_A_FORK, given), daemon=True)
+        process.start()
+        return process
+
+    return launch
+
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts ``run_training(config)`` in a process of its own; returns the Popen.
+def start(tmp_path, own_environment, request):
+    """Starts ``run_training(config)`` in a process of its own; returns the Popen, or Forks.
 
-    ``prelude`` is code to run before it.
+    ``launcher`` are words after ``python``: () for Lightning's own way to start the processes of
+    several devices. Without it one process a device is forked from a server that has imported
+    training, with the variables that Lightning's launcher sets. ``prelude`` is code to run before.
     """
-    from dataclasses import asdict
-
     started = []
 
-    def launch(config, launcher=(), prelude="", **environment):
-        script = tmp_path / "run_config.py"
+    def launch(config, launcher=None, prelude=""):
+        script, words = tmp_path / "run_config.py", [json.dumps(asdict(config))]
         script.write_text(prelude + RUN)
-        process = subprocess.Popen(
-            [sys.executable, *launcher, str(script), json.dumps(asdict(config))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=tmp_path,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-                "OMP_WAIT_POLICY": "PASSIVE",
-                "OMP_NUM_THREADS": "1",
-                **environment,
-            },
-        )
+        if launcher is not None:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, str(script), *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=tmp_path,
+                env=own_environment(),
+            )
+            started.append(process)
+            return process
+        fork = request.getfixturevalue("fork")
+        output = tmp_path / f"output{len(started)}.txt"
+        output.touch()
+        given = {
+            "source": prelude + RUN,
+            "words": [str(script), *words],
+            "folder": str(tmp_path),
+            "output": str(output),
+        }
+        ranks = [{}]
+        if config.trainer.devices > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            ranks = [
+                {**meeting, "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
+                for rank in range(config.trainer.devices)
+            ]
+        environment = own_environment()
+        process = Forks([fork(environment=environment | r, **given) for r in ranks], output)
         started.append(process)
         return process
 

@@ -72,7 +72,7 @@ def test_two_processes_go_on_after_a_stop_of_the_first_with_the_curve_of_one(tin
     sharded = {"devices": 2, "strategy": "fsdp", "checkpoint_steps": 4}
     two = replace(tiny(**settings, trainer=sharded), out=str(tmp_path / "two"))
     run_training(one)
-    process = start(two)
+    process = start(two, launcher=())
     while not (tmp_path / "two" / "resume.prev.ckpt").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)

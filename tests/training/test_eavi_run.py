@@ -138,8 +138,9 @@ def test_documents_of_like_length_are_chosen_and_all_of_them_equally_often(tiny)
     np.testing.assert_allclose(times / 3000, 0.3, atol=0.04)
 
 
-@pytest.mark.parametrize("settings", [{}, SPARSE], ids=["dense", "sparse"])
-@pytest.mark.parametrize("feed", ["soft", "sample"])
+@pytest.mark.parametrize(
+    ("feed", "settings"), [("soft", {}), ("sample", SPARSE)], ids=["soft-dense", "sample-sparse"]
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(pretrained, interrupt, settings, feed):
     given = {"feed": feed, "share_start": 0.3}
     _, whole = pretrained(eavi=given, budget={"steps": 8}, **settings)

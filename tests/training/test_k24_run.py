@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from tiny_onn.config.schema_24 import K24Config
@@ -175,6 +174,7 @@ def test_two_processes_draw_the_same_masks_and_statistics(tiny, start, tmp_path)
         states = [load_file(Path(c.out) / "checkpoint" / "weights.safetensors") for c in (one, two)]
         for name in states[0]:
             if "activity" in name:
+                a, b = (state[name] for state in states)
                 # In front of down it is of a sample of each process's rows.
-                rtol = 0.3 if ".down_pattern." in name else 0.02
-                assert torch.allclose(states[0][name], states[1][name], rtol, 1e-4), name
+                share = 0.03 if ".down_pattern." in name else 0.005
+                assert (a - b).norm() <= share * a.norm(), name

@@ -62,11 +62,22 @@ def test_a_stopped_run_says_how_to_go_on_and_does(tiny, start, tmp_path):
     assert weights(whole) == weights(stopped)
 
 
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole") / "run"
+
+
+@pytest.fixture
+def whole(tiny, whole_folder):
+    """Twenty steps without a stop: trained once, as a finished run is left as it is."""
+    config = replace(tiny(**SETTINGS, budget={"steps": 20}), out=str(whole_folder))
+    assert run_training(config) == 0
+    return config
+
+
 @pytest.mark.parametrize("step", [0, 7, 19])
-def test_ctrl_c_checkpoints_after_the_step_it_meets(tiny, tmp_path, interrupt, capsys, step):
-    whole = replace(tiny(**SETTINGS, budget={"steps": 20}), out=str(tmp_path / "whole"))
+def test_ctrl_c_checkpoints_after_the_step_it_meets(whole, tmp_path, interrupt, capsys, step):
     stopped = replace(whole, out=str(tmp_path / "stopped"))
-    run_training(whole)
     with interrupt(step, signal.SIGINT):
         status = run_training(stopped)
     assert status == (130 if step < 19 else 0)  # after its last step a run is done, not stopped
@@ -76,10 +87,8 @@ def test_ctrl_c_checkpoints_after_the_step_it_meets(tiny, tmp_path, interrupt, c
     assert weights(whole) == weights(stopped)
 
 
-def test_a_torn_newest_checkpoint_goes_on_from_the_one_before(tiny, tmp_path, interrupt, capsys):
-    whole = replace(tiny(**SETTINGS, budget={"steps": 20}), out=str(tmp_path / "whole"))
+def test_a_torn_newest_checkpoint_goes_on_from_the_one_before(whole, tmp_path, interrupt, capsys):
     torn = replace(whole, out=str(tmp_path / "torn"))
-    run_training(whole)
     with interrupt(12, signal.SIGTERM):
         assert run_training(torn) == 143
     newest = tmp_path / "torn" / "resume.ckpt"

@@ -263,10 +263,16 @@ def test_strided_queries_keys_and_values(kernel, device):
         torch.testing.assert_close(branch(kernel, name, spread, index, layout), want)
 
 
-@pytest.mark.parametrize("name", ["compressed", "selected", "window"])
-def test_gradcheck_in_float64(name, kernel, device, order):
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("compressed", 0), *(("selected", share) for share in ORDERS.values()), ("window", 0)],
+)
+def test_gradcheck_in_float64(name, share, kernel, device, monkeypatch):
     if not kernel.INTERPRETED:
         pytest.skip("the kernels sum in float64 in the interpreter only")
+    from tiny_onn_kernels.nsa import kernel_selected_plan
+
+    monkeypatch.setattr(kernel_selected_plan, "KEYS_FIRST_SHARE", share)
     case = Case((7,), (3,), 2, 1, 2, 2, block=2, stride=1, select_block=2, count=3, window=3)
     layout, tensors = case.layout(), case.inputs().tensors()
     _, index = reference.attend_compressed_and_choose(*tensors[:3], layout, case.count)
