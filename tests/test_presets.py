@@ -31,9 +31,7 @@ SHRUNK = [
         ("nano", "dense"),
         ("small", "sparse"),
         ("small", "sparse_long"),
-        ("small", "dense"),
         ("base", "sparse"),
-        ("base", "dense"),
     ],
 )
 def test_a_shrunk_preset_trains_predicts_and_scores(preset, network, predict_two, tmp_path, capsys):

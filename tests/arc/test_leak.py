@@ -68,7 +68,7 @@ def undisturbed():
     return [everything(data) for data in DATA], challenges
 
 
-@pytest.mark.parametrize("answer", [[[9, 9], [9, 9]], "garbage", None])
+@pytest.mark.parametrize("answer", [[[9, 9], [9, 9]], None])
 def test_training_is_byte_identical_whatever_the_evaluation_answers(
     tmp_path, monkeypatch, undisturbed, answer
 ):

@@ -1,6 +1,7 @@
 """exp/k24/arc.py: arms that training takes, what is skipped, what is measured and tabled."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -76,8 +77,8 @@ def test_names_of_parts_stand_for_their_arms(arms):
 def ffn_bytes(script, arms, name):
     masks = script("k24", "masks")
     config = config_of(arms, name)
-    model = build_model(config.model, 3, config.moe, config.nsa, config.k24)
-    return sum(size for _, size in masks.ffn_weights(model)) / config.model.layers
+    model = build_model(replace(config.model, layers=1), 3, config.moe, config.nsa, config.k24)
+    return sum(size for _, size in masks.ffn_weights(model))
 
 
 def test_bytes_of_the_arms_that_share_are_what_the_experiment_says(script, arms):

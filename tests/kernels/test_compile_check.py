@@ -27,19 +27,3 @@ def test_the_kernels_of_one_workload_compile_within_their_bounds():
     }  # fmt: skip
     assert set(kernels) == expected
     assert re.search(r"^\d+ compiled, 0 faulty$", done.stdout, re.M)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("workload", "expected"),
-    [
-        ("pattern24: base, bfloat16", {"draw_patterns", "differentiate_patterns"}),
-        ("relu2_24: base, float16", {"square_and_pack", "differentiate_kept"}),
-    ],
-)
-def test_the_2_4_kernels_neither_spill_nor_use_shared_memory(workload, expected):
-    done = compile_check("--arch", "80", "--only", workload)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = re.findall(r"^sm_80 +(\w+) .* (\d+) +(\d+) +(\d+) +- ", done.stdout, re.M)
-    assert {line[0] for line in lines} == expected
-    assert all(spilled == shared == "0" for _, _, spilled, shared in lines)
