@@ -48,7 +48,7 @@ demo: setup
 	$(RUN) submit.py checkpoint=runs/demo track=nano solutions=arc1:evaluation
 
 test: lint
-	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -n 2 --dist worksteal --durations=20
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -29,7 +29,6 @@ SHRUNK = [
     [
         ("nano", "sparse"),
         ("nano", "dense"),
-        ("small", "sparse"),
         ("small", "sparse_long"),
         ("base", "sparse"),
     ],

@@ -28,7 +28,7 @@ def write_all(state, logits_of_step):
     return written
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(SIZES, min_size=1, max_size=4),
     st.integers(0, 2**32 - 1),

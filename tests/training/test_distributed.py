@@ -67,9 +67,9 @@ def test_two_processes_repeat_the_loss_curve_of_one(tiny, start, tmp_path, strat
 
 
 def test_two_processes_go_on_after_a_stop_of_the_first_with_the_curve_of_one(tiny, start, tmp_path):
-    settings = {"optim": {"ema_decay": 0.5}, "budget": {"steps": 24}}
+    settings = {"optim": {"ema_decay": 0.5}, "budget": {"steps": 16}}
     one = replace(tiny(**settings), out=str(tmp_path / "one"))
-    sharded = {"devices": 2, "strategy": "fsdp", "checkpoint_steps": 4}
+    sharded = {"devices": 2, "strategy": "fsdp", "checkpoint_steps": 2}
     two = replace(tiny(**settings, trainer=sharded), out=str(tmp_path / "two"))
     run_training(one)
     process = start(two, launcher=())

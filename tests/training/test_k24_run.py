@@ -108,9 +108,8 @@ def test_hold_outs_leave_no_trace(tiny, tmp_path):
     assert weights(often) == weights(once)
 
 
-@pytest.mark.parametrize("settings", [DENSE, SHARED], ids=["dense", "shared"])
-def test_stage_eavi_goes_on_with_a_masked_model_and_predicts(pretrained, predict_two, settings):
-    first, second = pretrained(**settings)
+def test_stage_eavi_goes_on_with_a_masked_model_and_predicts(pretrained, predict_two):
+    first, second = pretrained(**SHARED)
     assert run_training(second) == 0
     assert weights(first) != weights(second)
     scores = [predict_two(Path(second.out)) for _ in range(2)]
