@@ -115,7 +115,7 @@ def test_two_processes_train_as_one(tiny, start, tmp_path):
     """With exact weight gradients: otherwise groups of tokens are each process's own."""
     act24 = replace(ACT24, split_ratio=0.0)
     one = replace(tiny(model=MODEL | {"act24": act24}), out=str(tmp_path / "one"))
-    two = tiny(model=one.model.__dict__, trainer={"devices": 2, "strategy": "ddp"})
+    two = tiny(model=one.model.__dict__, trainer={"devices": 2, "strategy": "fsdp"})
     two = replace(two, out=str(tmp_path / "two"))
     assert run_training(one) == 0
     process = start(two)
