@@ -24,6 +24,7 @@ from train_lm import train
 
 from tiny_onn.errors import UserError, run_cli
 from tiny_onn.files import atomic_write_text
+from tiny_onn.sweep.choices import choose_arms, choose_seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "exp" / "results"
@@ -34,22 +35,6 @@ QUICK_STEPS = 20
 def result_path(arm: str, seed: int, steps: int) -> Path:
     """Where a run is written down."""
     return RESULTS / f"act24_lm_{arm}_{steps}steps_seed{seed}.json"
-
-
-def known_arms(text: str) -> list[str]:
-    """Names out of "a,b", in the order of the table.
-
-    Raises:
-        UserError: one that is not known.
-    """
-    asked = text.split(",")
-    unknown = [name for name in asked if name not in ARMS]
-    if unknown:
-        raise UserError(
-            f"got --arms {text}, of which '{unknown[0]}' is unknown; expected some of "
-            f"{','.join(ARMS)}; choose of them"
-        )
-    return [name for name in ARMS if name in asked]
 
 
 def run_all(arms: list[str], seeds: list[int], steps: int, keep: bool = True) -> None:
@@ -158,7 +143,7 @@ def main() -> None:
         run_all(list(MAIN), [0], QUICK_STEPS, keep=False)
         return
     if not args.table:
-        run_all(known_arms(args.arms), [int(s) for s in args.seeds.split(",")], args.steps)
+        run_all(choose_arms(args.arms, ARMS), choose_seeds(args.seeds), args.steps)
     results = load_results(args.steps)
     if not results:
         raise UserError(f"no results of {args.steps} steps yet; run it without --table first")

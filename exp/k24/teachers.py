@@ -23,6 +23,7 @@ from teachers_train import train
 
 from tiny_onn.errors import UserError, run_cli
 from tiny_onn.files import atomic_write_text, ensure_writable_dir
+from tiny_onn.sweep.choices import choose_arms, choose_seeds
 from tiny_onn.training.provenance import code_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,34 +34,6 @@ STEPS, QUICK_STEPS = 1000, 50
 def result_path(arm: str, seed: int) -> Path:
     """Where a run is written down."""
     return RESULTS / f"k24_teachers_{arm}_seed{seed}.json"
-
-
-def known_arms(text: str) -> list[str]:
-    """Names out of "a,b", in the order of the table.
-
-    Raises:
-        UserError: one that is not known.
-    """
-    asked = text.split(",")
-    unknown = [name for name in asked if name not in ARMS]
-    if unknown:
-        raise UserError(
-            f"got --arms {text}, of which '{unknown[0]}' is unknown; expected some of "
-            f"{','.join(ARMS)}; choose of them"
-        )
-    return [name for name in ARMS if name in asked]
-
-
-def known_seeds(text: str) -> list[int]:
-    """Numbers out of "0,1".
-
-    Raises:
-        UserError: something else.
-    """
-    words = text.split(",")
-    if not all(word.isdecimal() for word in words):
-        raise UserError(f"got --seeds {text}; expected numbers from 0, as in 0,1,2; write them so")
-    return [int(word) for word in words]
 
 
 def is_there(path: Path, steps: int) -> bool:
@@ -171,7 +144,7 @@ def main() -> None:
         run_all(list(MAIN), [0], QUICK_STEPS, keep=False)
         return
     if not args.table:
-        run_all(known_arms(args.arms), known_seeds(args.seeds), args.steps)
+        run_all(choose_arms(args.arms, ARMS), choose_seeds(args.seeds), args.steps)
     results = load_results()
     if not results:
         raise UserError(

@@ -129,3 +129,72 @@ def dense_varlen():
         return torch.cat(pieces)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def packable():
+    """Networks of 2:4 weights to pack: KINDS by name, build, save and logits of them."""
+    from types import SimpleNamespace
+
+    from tiny_onn.config.schema import Config, ModelConfig, MoeConfig
+    from tiny_onn.config.schema_24 import K24Config
+    from tiny_onn.model.checkpoint import save_checkpoint
+    from tiny_onn.model.tiny_onn import build_model
+    from tiny_onn.sparse.masked_linear import MaskedLinear
+
+    MODEL = ModelConfig(
+        width=32, layers=2, heads=2, kv_heads=2, head_width=16, ffn_width=48, weights="k24"
+    )
+    MOE = MoeConfig(experts=3, expert_width=8, target_active=1.5)
+    EXPERTS = replace(MODEL, ffn="dynmoe")
+    SHARED = replace(MOE, expert_weights="shared_k24")
+    KINDS = {
+        "dense": (MODEL, MOE, K24Config()),
+        "odd": (replace(MODEL, width=36, ffn_width=12), MOE, K24Config()),
+        "relu2": (replace(MODEL, ffn="relu2"), MOE, K24Config(alpha_rank=2)),
+        "free": (MODEL, MOE, K24Config(logits="free", alpha_init_std=1.0)),
+        "s_ste": (replace(MODEL, weights="s_ste"), MOE, K24Config()),
+        "random24": (replace(MODEL, weights="random24", ffn="relu2"), MOE, K24Config()),
+        "separate": (EXPERTS, MOE, K24Config()),
+        "shared": (EXPERTS, SHARED, K24Config()),
+        "both": (EXPERTS, replace(SHARED, every=2), K24Config()),
+    }
+
+    def build(kind="dense", seed=0, **changes):
+        """A network as if it were trained: masks that the inputs' sizes have a say in."""
+        config, moe, k24 = KINDS[kind]
+        torch.manual_seed(seed)
+        model = build_model(replace(config, **changes), 3, moe, k24=k24)
+        torch.nn.init.normal_(model.head.weight, std=0.1)
+        for pattern, _ in model.masked_weights:
+            pattern.activity.total_AI.uniform_()
+            pattern.activity.weight_A.fill_(1)
+        return model.eval()
+
+    @torch.no_grad()
+    def logits(model, batch):
+        return model(batch).logits_MV
+
+    def save(model, folder, kind="dense"):
+        config, moe, k24 = KINDS[kind]
+        whole = Config(out="runs/x", model=config, moe=moe, k24=k24)
+        save_checkpoint(folder, model, whole, ("a", "b", "c"), {})
+
+    def masked(model):
+        """The masked weights, by the names that they have in a dense network."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        layers = [m for m in model.modules() if isinstance(m, MaskedLinear)]
+        with torch.no_grad():
+            found = {names[id(w)]: (w, p(w)[0]) for p, w in model.masked_weights}
+            found |= {names[id(m.weight)]: (m.weight, m.sparse_weight()[None]) for m in layers}
+        return {n: m[0] if n.endswith(".weight") else m for n, (_, m) in found.items()}
+
+    return SimpleNamespace(KINDS=KINDS, build=build, save=save, logits=logits, masked=masked)
+
+
+@pytest.fixture(scope="session")
+def packed_batch(documents):
+    """Three of them in one batch."""
+    from tiny_onn.arc.packing import pack
+
+    return pack(documents()[:3])
